@@ -1,0 +1,23 @@
+"""Names of the Prometheus metrics: part of the contract, so that dashboards outlive refactorings."""
+
+from __future__ import annotations
+
+REQUESTS = "livedraft_requests"
+REQUEST_SECONDS = "livedraft_request_seconds"
+FIRST_TOKEN_SECONDS = "livedraft_first_token_seconds"
+OUTPUT_TOKENS = "livedraft_output_tokens"
+VERIFY_ROUNDS = "livedraft_verify_rounds"
+ACCEPT_LENGTH = "livedraft_accept_length"
+RUNNING = "livedraft_running_requests"
+WAITING = "livedraft_waiting_requests"
+DRAFTER_INFO = "livedraft_drafter"
+SWAPS = "livedraft_swaps"
+SWAP_STALL_SECONDS = "livedraft_swap_stall_seconds"
+TRACES_OFFERED = "livedraft_traces_offered"
+TRACES_DROPPED = "livedraft_traces_dropped"
+SPOOL_BYTES = "livedraft_spool_bytes"
+SPOOL_LAG = "livedraft_spool_lag_records"
+TRAINER_STEPS = "livedraft_trainer_steps"
+TRAINER_TOKENS = "livedraft_trainer_tokens"
+TRAINER_LOSS = "livedraft_trainer_loss"
+DECISIONS = "livedraft_decisions"

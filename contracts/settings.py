@@ -1,0 +1,188 @@
+"""Settings: typed, frozen, one TOML file for the whole system.
+
+``load`` reads the file, then applies ``LIVEDRAFT_SECTION__KEY=value`` from the environment.  Unknown keys are
+errors: a setting that is silently ignored is a bug that takes a day to find.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from livedraft.contracts.errors import SettingsError
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section."""
+
+
+class Engine(_Section, frozen=True, kw_only=True):
+    """The embedded engine (``local:``) or a remote one."""
+
+    #: ``local:`` or ``sglang+http://host:port``.
+    url: str = "local:"
+    #: Folder or Hugging Face id of the target; "bundled" is the one that ships with the project.
+    target: str = "bundled"
+    #: Requests decoded together.
+    max_running: int = 8
+    #: Requests waiting before new ones are refused with 503.
+    max_waiting: int = 256
+    #: Tokens of prompt + output; 0 takes the target's own limit.
+    context_length: int = 0
+    #: torch threads of the engine's process.
+    threads: int = 1
+    #: Draft tokens per round along a chain, or levels of a tree; 0 never speculates.
+    draft_depth: int = 4
+    #: Children per node; 1 is a chain.
+    tree_topk: int = 1
+    #: Proposed nodes kept in a tree round.
+    tree_nodes: int = 12
+    #: Whether the engine may choose a shallower depth, or none, by measured goodput.
+    adaptive_depth: bool = True
+    #: Target candidates recorded per node.
+    capture_topk: int = 32
+    #: Rows of the drafter's lm_head: the most frequent tokens; 0 keeps the whole vocabulary.
+    draft_vocab: int = 0
+
+
+class Gateway(_Section, frozen=True, kw_only=True):
+    """The HTTP endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    #: File with one API key a line (``key`` or ``key tenant``); none: no key is asked for.
+    api_keys_file: str | None = None
+    #: Key for the ``/admin`` routes; none: they answer only to the loopback interface.
+    admin_key: str | None = None
+    max_body_bytes: int = 1 << 20
+    max_tokens_limit: int = 1024
+    #: Most choices (``n``) per request.
+    max_choices: int = 8
+    #: Seconds running requests get on shutdown.
+    drain_s: float = 10.0
+
+
+class Traces(_Section, frozen=True, kw_only=True):
+    """The trace stream."""
+
+    #: ``spool:///absolute/path`` or ``spool://relative/path``.
+    url: str = "spool://runs/live/traces"
+    #: Total size kept; the oldest segments go first.
+    retain_bytes: int = 2 << 30
+    segment_bytes: int = 16 << 20
+    #: "always" (each batch), "interval" (once a second) or "never" (the kernel decides).
+    fsync: Literal["always", "interval", "never"] = "interval"
+    #: Bytes of encoded traces that may wait in memory before new ones are dropped.
+    buffer_bytes: int = 64 << 20
+    #: Largest message; longer traces are cut into chunks.
+    message_bytes: int = 1 << 20
+    #: Fraction of requests captured.
+    sample_rate: float = 1.0
+    #: Fraction of requests held out of training as the gate's evidence.
+    held_out: float = 0.1
+    #: Tenants never captured.
+    opted_out: tuple[str, ...] = ()
+
+
+class Trainer(_Section, frozen=True, kw_only=True):
+    """The learning process."""
+
+    threads: int = 1
+    #: OS niceness: serving goes first.
+    nice: int = 15
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    #: Depth of the unroll on the drafter's own outputs; at least the serving depth.
+    unroll: int = 5
+    #: Weight of depth k is ``decay ** k``.
+    decay: float = 0.8
+    #: Traces in a step, half of them (``fresh_share``) new ones while there are any.
+    batch_traces: int = 8
+    fresh_share: float = 0.5
+    #: Tokens of a trace trained on at once; longer ones are cut.
+    window: int = 192
+    #: Traces kept for replay, stratified by domain.
+    replay_traces: int = 512
+    #: Times a trace may be trained on, its first included.
+    max_uses: int = 6
+    #: Weight of the discard term (rejected proposals); 0 switches it off.
+    discard: float = 0.1
+    #: Divergence on committed positions.
+    objective: Literal["forward_kl"] = "forward_kl"
+    #: Rejected nodes from a drafter this many versions back or more are not used.
+    max_version_lag: int = 20
+    #: Seconds between candidates while something was learned.
+    publish_every_s: float = 20.0
+    #: Seconds between checkpoints.
+    checkpoint_every_s: float = 20.0
+    #: Where checkpoints and candidate folders are kept.
+    folder: str = "runs/live/trainer"
+    seed: int = 0
+
+
+class Swap(_Section, frozen=True, kw_only=True):
+    """Gate, swap, watch."""
+
+    poll_s: float = 1.0
+    #: Held-out traces that the gate replays (the most recent ones), and the fewest it decides on.
+    gate_traces: int = 48
+    gate_min_traces: int = 8
+    bootstrap: int = 1000
+    #: Two-sided confidence of the bootstrap interval.
+    confidence: float = 0.95
+    #: Verify rounds observed after a swap before it is kept.
+    watch_rounds: int = 400
+    #: Roll back when the observed accept length falls below this share of the predicted one or of the previous one.
+    rollback_below: float = 0.9
+    #: Seconds after which the watch decides on what it has.
+    watch_timeout_s: float = 120.0
+    folder: str = "runs/live/swap"
+
+
+class Registry(_Section, frozen=True, kw_only=True):
+    """Where versions live."""
+
+    #: ``http://host:port`` of an MLflow server, or ``memory:`` (tests).
+    url: str = "http://127.0.0.1:5000"
+    model: str = "drafter"
+    #: Folder of the sqlite store and artifacts of the server that ``livedraft up`` starts.
+    folder: str = "runs/live/mlflow"
+    #: Whether ``livedraft up`` starts the server.
+    start: bool = True
+
+
+class Settings(_Section, frozen=True, kw_only=True):
+    """Everything."""
+
+    engine: Engine = Engine()
+    gateway: Gateway = Gateway()
+    traces: Traces = Traces()
+    trainer: Trainer = Trainer()
+    swap: Swap = Swap()
+    registry: Registry = Registry()
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from a TOML file (defaults without one) and ``LIVEDRAFT_SECTION__KEY`` variables.
+
+    Raises SettingsError naming the file or variable, the key and what was expected.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = msgspec.toml.decode(path.read_bytes())
+        except (OSError, msgspec.DecodeError) as error:
+            raise SettingsError(f"{path}: {error}") from error
+    for name, value in (os.environ if environ is None else environ).items():
+        if name.startswith("LIVEDRAFT_") and "__" in name:
+            section, _, key = name.removeprefix("LIVEDRAFT_").lower().partition("__")
+            raw.setdefault(section, {})[key] = value
+    try:
+        # Not strict: the environment has only strings.
+        return msgspec.convert(raw, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{path or 'environment'}: {error}") from error
