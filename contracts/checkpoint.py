@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -25,8 +26,10 @@ import numpy as np
 from livedraft.contracts.errors import DrafterRejected
 from livedraft.contracts.messages import Manifest
 
+#: Floating types: unsigned integers of their width, and the exponent bits that are all set in NaN and infinity.
 _SAFETENSORS_TYPES = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
 _OTHER_TYPES = {"I64": "<i8", "BOOL": "|b1"}
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1}
 
 T = TypeVar("T")
 
@@ -98,7 +101,8 @@ def write(folder: Path, config: DrafterConfig, tensors: Mapping[str, np.ndarray]
     """Write a checkpoint folder atomically and durably: complete or absent, whatever dies.
 
     ``tensors`` holds float32 weights, int64 ``d2t`` and bool ``t2d``; ``manifest.tensors`` is filled in here.
-    Raises FileExistsError when ``folder`` exists, DrafterRejected when a tensor is missing or misshapen.
+    Raises FileExistsError when ``folder`` exists, DrafterRejected when a tensor is missing, misshapen or of
+    another type.
     """
     from safetensors.numpy import save_file
 
@@ -107,6 +111,9 @@ def write(folder: Path, config: DrafterConfig, tensors: Mapping[str, np.ndarray]
     if found != expected:
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         raise DrafterRejected(f"tensor {wrong[0]}: shape {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != (wanted := {"d2t": "int64", "t2d": "bool"}.get(name, "float32")):
+            raise DrafterRejected(f"tensor {name}: type {tensor.dtype}, expected {wanted}")
     if folder.exists():
         raise FileExistsError(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +140,7 @@ def verify(
     folder: Path,
     *,
     target: str | None = None,
+    target_revision: str | None = None,
     tokenizer_hash: str | None = None,
     like: DrafterConfig | None = None,
 ) -> tuple[DrafterConfig, Manifest]:
@@ -147,13 +155,19 @@ def verify(
         raise DrafterRejected(f"config.json: architectures is {config.architectures}, expected LlamaForCausalLMEagle3")
     if target is not None and manifest.target != target:
         raise DrafterRejected(f"manifest.json: trained for target {manifest.target!r}, this engine serves {target!r}")
+    if target_revision is not None and manifest.target_revision != target_revision:
+        raise DrafterRejected(
+            f"manifest.json: trained for revision {manifest.target_revision} of the target, this is {target_revision}"
+        )
     if tokenizer_hash is not None and manifest.tokenizer_hash != tokenizer_hash:
         raise DrafterRejected("manifest.json: tokenizer_hash differs from the target's: another vocabulary")
     if like is not None and tensor_shapes(like) != tensor_shapes(config):
         raise DrafterRejected("config.json: shapes differ from the drafter in service")
     expected = tensor_shapes(config)
-    seen = {}
-    for name, (dtype, shape, data) in read_tensors(folder / "model.safetensors").items():
+    tensors = read_tensors(folder / "model.safetensors")
+    if unknown := sorted(manifest.tensors.keys() - tensors.keys() - expected.keys()):
+        raise DrafterRejected(f"manifest.json: names tensor {unknown[0]}, which is not part of an EAGLE-3 drafter")
+    for name, (dtype, shape, data) in tensors.items():
         if name not in expected:
             raise DrafterRejected(f"tensor {name}: not part of an EAGLE-3 drafter")
         if shape != expected[name]:
@@ -167,12 +181,24 @@ def verify(
             bits, exponent = _SAFETENSORS_TYPES[dtype]
             if (np.frombuffer(data, bits) & exponent == exponent).any():
                 raise DrafterRejected(f"tensor {name}: NaN or infinity")
-        seen[name] = hashlib.sha256(data).hexdigest()
-        if manifest.tensors.get(name) != seen[name]:
+        if manifest.tensors.get(name) != hashlib.sha256(data).hexdigest():
             raise DrafterRejected(f"tensor {name}: sha256 differs from manifest.json")
-    if missing := sorted(expected.keys() - seen.keys()):
+    if missing := sorted(expected.keys() - tensors.keys()):
         raise DrafterRejected(f"tensor {missing[0]}: missing from model.safetensors")
+    _verify_vocabulary(tensors["d2t"][2], tensors["t2d"][2])
     return config, manifest
+
+
+def _verify_vocabulary(d2t: memoryview, t2d: memoryview) -> None:
+    """Draft id i means target id i + d2t[i]; t2d marks exactly those ids.  An engine indexes with them unchecked."""
+    offsets = np.frombuffer(d2t, "<i8")
+    ids = np.arange(len(offsets)) + offsets
+    if len(ids) and not (ids.min() >= 0 and ids.max() < len(t2d)):
+        raise DrafterRejected(f"tensor d2t: maps to a token outside the target's vocabulary of {len(t2d)}")
+    marked = np.zeros(len(t2d), "u1")
+    marked[ids] = 1
+    if len(np.unique(ids)) != len(ids) or (marked != np.frombuffer(t2d, "u1")).any():
+        raise DrafterRejected("tensor t2d: does not mark the tokens that d2t maps to")
 
 
 def read_tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
@@ -188,7 +214,10 @@ def read_tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], memoryview
             start, end = entry["data_offsets"]
             if not 0 <= start <= end <= len(body):
                 raise ValueError(f"{name} ends past the file")
-            tensors[name] = (str(entry["dtype"]), tuple(entry["shape"]), body[start:end])
+            dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+            if dtype in _BYTES and end - start != math.prod(shape) * _BYTES[dtype]:
+                raise ValueError(f"{name} has {end - start} bytes, not those of {dtype} {list(shape)}")
+            tensors[name] = (dtype, shape, body[start:end])
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DrafterRejected(f"{path.name}: {error}") from error

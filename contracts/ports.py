@@ -107,10 +107,13 @@ class Registry(Protocol):
     """
 
     def publish(self, folder: Path, manifest: Manifest, metrics: dict[str, float]) -> DrafterVersion:
-        """Store a checkpoint folder as a new version; returns it once it can be fetched."""
+        """Store a checkpoint folder as a new version; returns it once it can be fetched.
+
+        Weights (by checksum) that are registered already keep their version, so an unsure caller may repeat it.
+        """
 
     def resolve(self, alias: str) -> DrafterVersion | None:
-        """The version an alias points at."""
+        """The version an alias points at, without its metrics: cheap, because it is polled."""
 
     def point(self, alias: str, version: str) -> None:
         """Move an alias."""
@@ -128,7 +131,7 @@ class Registry(Protocol):
         """Add measurements to a version."""
 
     def decide(self, decision: Decision) -> None:
-        """Append a decision, with its evidence, to the history."""
+        """Append a decision, with its evidence, to the history.  The same decision again changes nothing."""
 
     def decisions(self) -> list[Decision]:
         """The history, oldest first."""
