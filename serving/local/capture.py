@@ -1,0 +1,174 @@
+"""From verify rounds to traces, off the engine's thread.
+
+The engine only keeps references to what a round already computed; one hand-over per request wakes a thread of low
+priority that takes top-K, log-probabilities and bytes out of them.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from livedraft.contracts.messages import Array, Features, FinishReason, Generation, Rounds, Trace
+from livedraft.contracts.ports import TraceSink
+from livedraft.serving.local.propose import Proposal
+from torch import Tensor
+
+_NICE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What every trace of an engine has in common."""
+
+    engine: str
+    target: str
+    target_revision: str
+    tokenizer_hash: str
+    layers: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Recording:
+    """The rounds of one request as the engine went through them; handed over whole when it ends."""
+
+    started_at: float
+    rounds: list[tuple[int, Proposal, Sequence[int], int, str, Tensor]] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    #: Bytes held, for the bound on what waits.
+    size: int = 0
+
+    def add(self, root: int, proposal: Proposal, path: Sequence[int], bonus: int, drafter: str, logits: Tensor) -> None:
+        """A verify round: logits float32 [n + 1, V], root row first."""
+        self.rounds.append((root, proposal, path, bonus, drafter, logits))
+        self.size += logits.numel() * 4
+
+
+class Capture:
+    """Turns recordings into traces and offers them to a sink; drops (and counts) when it falls behind.
+
+    Engine's loop: ``recording.add(...)`` each round, ``capture.finish(recording, ...)`` when the request ends.
+    """
+
+    def __init__(self, sink: TraceSink, origin: Origin, *, topk: int, buffer_bytes: int) -> None:
+        self._sink = sink
+        self._origin = origin
+        self._topk = topk
+        self._buffer = buffer_bytes
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[Recording, Generation, list[int], FinishReason] | None] = (
+            queue.SimpleQueue()
+        )
+        self.offered = 0
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
+        self._thread.start()
+
+    def finish(self, recording: Recording, request: Generation, tokens: list[int], reason: FinishReason) -> None:
+        """Hand a finished request over.  Never blocks."""
+        with self._lock:
+            self.offered += 1
+            if self._waiting + recording.size > self._buffer:
+                self.dropped += 1
+                return
+            self._waiting += recording.size
+        self._queue.put((recording, request, tokens, reason))
+
+    def close(self) -> None:
+        """Finish what was handed over."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        while (item := self._queue.get()) is not None:
+            recording, request, tokens, reason = item
+            kept = self._sink.offer(trace(recording, request, tokens, reason, self._origin, self._topk))
+            with self._lock:
+                self._waiting -= recording.size
+                self.dropped += not kept
+
+
+@torch.inference_mode()
+def trace(
+    recording: Recording, request: Generation, tokens: list[int], reason: FinishReason, origin: Origin, topk: int
+) -> Trace:
+    """The trace of one finished request; ``tokens`` is prompt and output."""
+    temperature = request.sampling.temperature or 1.0
+    rounds = recording.rounds
+    drafters = tuple(dict.fromkeys(version for *_, version, _ in rounds))
+    ids, values, tails = [], [], []
+    # In pieces: one round after another is slow, all at once doubles the memory.
+    for at in range(0, len(rounds), 32):
+        logits = torch.cat([r[5] for r in rounds[at : at + 32]])
+        scaled = torch.log_softmax(logits / temperature, -1)
+        best = scaled.topk(min(topk, scaled.shape[-1]))
+        ids.append(best.indices.int())
+        values.append(best.values)
+        tails.append((1 - best.values.exp().sum(-1)).clamp_(min=0))
+    nodes = [p for _, p, *_ in rounds]
+    logprobs = [
+        torch.log_softmax(p.logits / temperature, -1).gather(1, p.rows[:, None])[:, 0]
+        for p in nodes
+        if p.logits is not None and p.rows is not None
+    ]
+    prompt = len(request.prompt)
+    accepted = np.concatenate([np.isin(np.arange(len(r[1])), r[2]) for r in rounds]) if rounds else np.zeros(0)
+    return Trace(
+        trace_id=f"{origin.engine}/{request.request_id}",
+        request_id=request.request_id,
+        engine=origin.engine,
+        target=origin.target,
+        target_revision=origin.target_revision,
+        tokenizer_hash=origin.tokenizer_hash,
+        drafters=drafters,
+        started_at=recording.started_at,
+        finished_at=time.time(),
+        sampling=request.sampling,
+        top_temperature=temperature,
+        finish_reason=reason,
+        prompt=_integers(tokens[:prompt], "i4"),
+        output=_integers(tokens[prompt:], "i4"),
+        rounds=Rounds(
+            root=_integers([r[0] for r in rounds], "i4"),
+            size=_integers([len(p) for p in nodes], "i4"),
+            drafter=_integers([drafters.index(r[4]) for r in rounds], "i2"),
+            tokens=_integers([t for p in nodes for t in p.tokens], "i4"),
+            parents=_integers([i for p in nodes for i in p.parents], "i2"),
+            logprobs=_floats(torch.cat(logprobs) if logprobs else torch.empty(0)),
+            accepted=Array(dtype="u1", shape=accepted.shape, data=accepted.astype(np.uint8).tobytes()),
+            bonus=_integers([r[3] for r in rounds], "i4"),
+            top_ids=_tensor(torch.cat(ids), "i4"),
+            top_logprobs=_floats(torch.cat(values)),
+            tail=_floats(torch.cat(tails)),
+        ),
+        features=_features(recording, origin),
+        tenant=request.tenant,
+        domain=request.domain,
+    )
+
+
+def _features(recording: Recording, origin: Origin) -> Features:
+    values = torch.cat(recording.features).to(torch.bfloat16).view(torch.int16)
+    return Features(mode="inline", start=0, layers=origin.layers, values=_tensor(values, "bf2"))
+
+
+def _integers(values: Sequence[int], dtype: str) -> Array:
+    array = np.asarray(values, "<" + dtype)
+    return Array(dtype="i4" if dtype == "i4" else "i2", shape=array.shape, data=array.tobytes())
+
+
+def _floats(values: Tensor) -> Array:
+    return Array(dtype="f4", shape=tuple(values.shape), data=values.float().numpy().tobytes())
+
+
+def _tensor(values: Tensor, dtype: str) -> Array:
+    return Array(dtype="bf2" if dtype == "bf2" else "i4", shape=tuple(values.shape), data=values.numpy().tobytes())

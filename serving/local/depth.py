@@ -1,0 +1,98 @@
+"""How many tokens to draft: as many as pay, none when none does.
+
+Goodput of depth k over a batch: sum_b (1 + sum_{i<=k} prod_{j<=i} a_bj) / (verify(k + 1 rows) + draft(k)), with
+acceptance and both costs measured as the engine runs (Liu et al. 2024, arXiv 2406.14066, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: Weight of the newest observation.
+_RATE = 0.05
+_COST_RATE = 0.1
+#: A round in this many drafts to the full, to see what deeper drafts are worth now.
+_LOOK_EVERY = 24
+#: Rounds after a swap that draft to the full, to learn what the new drafter is worth.
+_LEARN_ROUNDS = 8
+
+
+class DepthControl:
+    """Chooses the draft depth of each round.  Owned by the engine's thread.
+
+    >>> control = DepthControl(limit=4, adaptive=True)
+    >>> depth = control.choose(["greedy"])          # then draft, verify and time both
+    >>> control.costs(batch=1, depth=depth, draft_s=0.001, verify_s=0.003)
+    >>> control.outcome("greedy", proposed=depth, accepted=2)
+
+    ``kind`` is a class of requests whose acceptance is alike ("greedy", "sampled").
+    """
+
+    def __init__(self, limit: int, adaptive: bool) -> None:
+        self.limit = limit
+        self.adaptive = adaptive
+        self._rounds = 0
+        self._learn = _LEARN_ROUNDS
+        self._acceptance: dict[str, list[float]] = {}
+        self._verify: dict[tuple[int, int], float] = {}
+        self._draft: dict[tuple[int, int], float] = {}
+
+    def swapped(self) -> None:
+        """A new drafter is in: look again at what every depth is worth."""
+        self._learn = _LEARN_ROUNDS
+
+    def choose(self, kinds: Sequence[str]) -> int:
+        """Depth for a round of requests of these kinds."""
+        if not self.adaptive or self.limit == 0 or not kinds:
+            return self.limit
+        self._rounds += 1
+        if self._learn > 0:
+            self._learn -= 1
+            return self.limit
+        if self._rounds % _LOOK_EVERY == 0:
+            return self.limit
+        return max(range(self.limit + 1), key=lambda k: self._goodput(k, kinds))
+
+    def costs(self, batch: int, depth: int, draft_s: float, verify_s: float) -> None:
+        """Seconds that drafting ``depth`` tokens and verifying ``depth + 1`` rows took."""
+        for table, seconds in ((self._draft, draft_s), (self._verify, verify_s)):
+            before = table.get((batch, depth))
+            # A pause of the machine is not a cost: one outlier moves the average by at most a factor.
+            table[batch, depth] = (
+                seconds if before is None else before + _COST_RATE * (min(seconds, 3 * before) - before)
+            )
+
+    def outcome(self, kind: str, proposed: int, accepted: int) -> None:
+        """A round of one request: ``accepted`` of ``proposed`` draft tokens stood."""
+        rates = self._acceptance.setdefault(kind, [0.5] * max(1, self.limit))
+        for level in range(min(proposed, accepted + 1)):
+            rates[level] += _RATE * ((1.0 if level < accepted else 0.0) - rates[level])
+
+    def expected(self, kind: str, depth: int) -> float:
+        """Expected accept length of a round of this kind, bonus included."""
+        rates = self._acceptance.get(kind, [0.5] * max(1, self.limit))
+        total, reach = 1.0, 1.0
+        for level in range(depth):
+            reach *= rates[level]
+            total += reach
+        return total
+
+    def _goodput(self, depth: int, kinds: Sequence[str]) -> float:
+        batch = len(kinds)
+        cost = self._cost(self._verify, batch, depth) + (self._cost(self._draft, batch, depth) if depth else 0.0)
+        return sum(self.expected(kind, depth) for kind in kinds) / max(cost, 1e-9)
+
+    def _cost(self, table: dict[tuple[int, int], float], batch: int, depth: int) -> float:
+        """Measured, else a straight line through the nearest measured depths, else proportional to them."""
+        if (batch, depth) in table:
+            return table[batch, depth]
+        known = sorted((d, s) for (b, d), s in table.items() if b == batch)
+        if not known:
+            return 1.0 + 0.1 * depth
+        below = [x for x in known if x[0] < depth]
+        above = [x for x in known if x[0] > depth]
+        if below and above:
+            (d0, s0), (d1, s1) = below[-1], above[0]
+            return s0 + (s1 - s0) * (depth - d0) / (d1 - d0)
+        near, seconds = below[-1] if below else above[0]
+        return seconds * (depth + 4) / (near + 4)
