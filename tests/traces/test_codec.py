@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from livedraft.contracts.errors import CorruptRecord, UnsupportedSchema
+from livedraft.contracts.messages import SCHEMA_MAJOR, SCHEMA_MINOR, Array, Features, Trace
+from livedraft.traces.arrays import from_numpy
+from livedraft.traces.codec import ExtendedTrace, decode, encode, to_json
+
+GOLDEN = Path(__file__).parent / "golden"
+HEADER = struct.Struct("<4sHHH")
+replace = msgspec.structs.replace
+
+
+@given(data=st.data())
+def test_a_trace_comes_back_as_it_was(data: st.DataObject, any_trace: st.SearchStrategy[Trace]) -> None:
+    trace = data.draw(any_trace)
+    assert decode(encode(trace)) == trace
+
+
+@settings(max_examples=400)
+@given(data=st.data())
+def test_no_mutation_of_a_record_escapes_as_another_error(
+    data: st.DataObject, any_trace: st.SearchStrategy[Trace]
+) -> None:
+    record = bytearray(encode(data.draw(any_trace)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(record) - 1))
+        match data.draw(st.sampled_from(["set", "insert", "delete", "cut"])):
+            case "set":
+                record[at] = data.draw(st.integers(0, 255))
+            case "insert":
+                record[at:at] = data.draw(st.binary(max_size=8))
+            case "delete" if len(record) > 1:
+                del record[at]
+            case "cut" if at:
+                del record[at:]
+    try:
+        trace = decode(bytes(record))
+    except (CorruptRecord, UnsupportedSchema):
+        return
+    assert decode(encode(trace)) == trace
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"LDTR", HEADER.pack(b"LDTR", SCHEMA_MAJOR, SCHEMA_MINOR, 0)]))
+def test_garbage_is_corrupt(garbage: bytes, start: bytes) -> None:
+    with pytest.raises((CorruptRecord, UnsupportedSchema)):
+        decode(start + garbage)
+
+
+def test_every_truncation_is_corrupt(make_trace: Any) -> None:
+    record = encode(make_trace(3))
+    for length in range(len(record)):
+        with pytest.raises(CorruptRecord):
+            decode(record[:length])
+
+
+def test_deep_nesting_is_corrupt() -> None:
+    with pytest.raises(CorruptRecord):
+        decode(HEADER.pack(b"LDTR", SCHEMA_MAJOR, SCHEMA_MINOR, 0) + b"\x81\xa1x" + b"\x91" * 100_000 + b"\xc0")
+
+
+def with_fields(trace: Trace, new: dict[str, Any], *, minor: int = SCHEMA_MINOR + 1) -> bytes:
+    """The record of a newer writer: ``new`` maps "field" or "part.field" to a value."""
+    record = encode(trace)
+    magic, major, _, flags = HEADER.unpack_from(record)
+    fields = msgspec.msgpack.decode(record[HEADER.size :])
+    for name, value in new.items():
+        *parts, last = name.split(".")
+        holder = fields
+        for part in parts:
+            holder = holder[part]
+        holder[last] = value
+    return HEADER.pack(magic, major, minor, flags) + msgspec.msgpack.encode(fields)
+
+
+def test_fields_of_a_newer_minor_version_are_kept(make_trace: Any) -> None:
+    trace = make_trace(5)
+    new = {"colour": {"deep": [1, b"x"]}, "rounds.entropy": [0.5], "features.scale": 2, "sampling.min_p": 0.1}
+    decoded = decode(with_fields(trace, new))
+    assert isinstance(decoded, ExtendedTrace)
+    assert decoded.rounds == trace.rounds
+    assert decoded.schema_minor == SCHEMA_MINOR + 1
+    again = encode(decoded)
+    assert decode(again) == decoded
+    fields = msgspec.msgpack.decode(again[HEADER.size :])
+    assert fields["colour"] == new["colour"]
+    assert fields["rounds"]["entropy"] == [0.5]
+    assert fields["features"]["scale"] == 2
+    assert fields["sampling"]["min_p"] == 0.1
+    assert HEADER.unpack_from(again)[2] == SCHEMA_MINOR + 1
+
+
+def test_the_header_tells_the_version_also_where_defaults_are_left_out(make_trace: Any) -> None:
+    trace = decode(with_fields(make_trace(1), {}))
+    assert (trace.schema_major, trace.schema_minor) == (SCHEMA_MAJOR, SCHEMA_MINOR + 1)
+
+
+def test_a_newer_minor_version_that_cannot_be_read_is_unsupported_not_corrupt(make_trace: Any) -> None:
+    with pytest.raises(UnsupportedSchema):
+        decode(with_fields(make_trace(1), {"finish_reason": "bored"}))
+    with pytest.raises(CorruptRecord):
+        decode(with_fields(make_trace(1), {"finish_reason": "bored"}, minor=SCHEMA_MINOR))
+
+
+@pytest.mark.parametrize(("at", "value"), [(4, SCHEMA_MAJOR + 1), (4, 0), (8, 2)])
+def test_an_unknown_major_version_or_flag_is_unsupported(make_trace: Any, at: int, value: int) -> None:
+    record = bytearray(encode(make_trace(1)))
+    struct.pack_into("<H", record, at, value)
+    with pytest.raises(UnsupportedSchema):
+        decode(bytes(record))
+
+
+def test_features_shrink_on_the_wire(make_trace: Any) -> None:
+    # Hidden states: normal, with a few channels much larger than the rest.
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((200, 384), np.float32) * rng.lognormal(0, 1, 384).astype(np.float32)
+    trace = make_trace(1, rounds=100)
+    trace = replace(trace, features=Features(mode="inline", layers=(1,), values=from_numpy(values, "bf2")))
+    record = encode(trace)
+    assert len(record) < 0.92 * values.size * 2
+    assert decode(record) == trace
+
+
+def test_a_size_that_lies_does_not_allocate(make_trace: Any) -> None:
+    trace = make_trace(1)
+    record = with_fields(trace, {"features.values": ["bf2", [1 << 40, 3], b"x"]}, minor=SCHEMA_MINOR)
+    with pytest.raises(CorruptRecord, match="at most"):
+        decode(record)
+
+
+def rounds_with(trace: Trace, **fields: Array) -> Trace:
+    return replace(trace, rounds=replace(trace.rounds, **fields))
+
+
+def features_with(trace: Trace, **fields: Any) -> Trace:
+    return replace(trace, features=replace(trace.features, **fields))
+
+
+#: One thing wrong with ``small``, by the field that the error must name.
+WRONG: dict[str, Callable[[Trace], Trace]] = {
+    "prompt": lambda t: replace(t, prompt=from_numpy([-1, 2], "i4")),
+    "output": lambda t: replace(t, output=from_numpy([1.0, 2.0], "f4")),
+    "started_at": lambda t: replace(t, started_at=float("nan")),
+    "sampling.temperature": lambda t: replace(t, sampling=replace(t.sampling, temperature=-1.0)),
+    "top_temperature": lambda t: replace(t, top_temperature=0.0),
+    "rounds.root": lambda t: rounds_with(t, root=from_numpy([4], "i4")),
+    "rounds.size": lambda t: rounds_with(t, size=from_numpy([2], "i4")),
+    "rounds.drafter": lambda t: rounds_with(t, drafter=from_numpy([2], "i2")),
+    "rounds.tokens": lambda t: rounds_with(t, tokens=from_numpy([5, 6, -7], "i4")),
+    "rounds.parents": lambda t: rounds_with(t, parents=from_numpy([-1, 0, 2], "i2")),
+    "rounds.logprobs": lambda t: rounds_with(t, logprobs=from_numpy([0.0, float("nan"), 0.0], "f4")),
+    "rounds.accepted": lambda t: rounds_with(t, accepted=from_numpy([0, 1, 0], "u1")),
+    "rounds.bonus": lambda t: rounds_with(t, bonus=from_numpy([8, 9], "i4")),
+    "rounds.top_ids": lambda t: rounds_with(t, top_ids=from_numpy([[1, 2]] * 3, "i4")),
+    "rounds.top_logprobs": lambda t: rounds_with(t, top_logprobs=from_numpy(np.zeros((4, 3)), "f4")),
+    "rounds.tail": lambda t: rounds_with(t, tail=from_numpy([0, 0, 0, 1.5], "f4")),
+    "features.start": lambda t: features_with(t, start=1),
+    "features.layers": lambda t: features_with(t, layers=(1, 2)),
+    "features.values": lambda t: features_with(t, values=from_numpy(np.full((4, 3), np.inf), "bf2")),
+    "features.reference": lambda t: features_with(t, mode="store"),
+}
+
+
+@pytest.fixture
+def small(make_trace: Any) -> Trace:
+    trace: Trace = make_trace(1, rounds=1)
+    return replace(
+        trace,
+        prompt=from_numpy([1, 2], "i4"),
+        output=from_numpy([5, 9], "i4"),
+        rounds=replace(
+            trace.rounds,
+            root=from_numpy([1], "i4"),
+            size=from_numpy([3], "i4"),
+            drafter=from_numpy([1], "i2"),
+            tokens=from_numpy([5, 6, 7], "i4"),
+            parents=from_numpy([-1, 0, 1], "i2"),
+            logprobs=from_numpy([-1.0, -2.0, -3.0], "f4"),
+            accepted=from_numpy([1, 0, 0], "u1"),
+            bonus=from_numpy([9], "i4"),
+            top_ids=from_numpy([[1, 2]] * 4, "i4"),
+            top_logprobs=from_numpy([[-1.0, -2.0]] * 4, "f4"),
+            tail=from_numpy([0.1] * 4, "f4"),
+        ),
+        features=Features(mode="inline", layers=(1, 2, 3), values=from_numpy(np.ones((4, 3)), "bf2")),
+    )
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_an_inconsistent_trace_is_corrupt_and_names_the_field(small: Trace, field: str) -> None:
+    assert decode(encode(small)) == small
+    with pytest.raises(CorruptRecord, match=field):
+        decode(encode(WRONG[field](small)))
+
+
+def test_siblings_cannot_both_be_accepted(small: Trace) -> None:
+    parents, accepted = from_numpy([-1, -1, 1], "i2"), from_numpy([1, 1, 0], "u1")
+    trace = replace(small, rounds=replace(small.rounds, parents=parents, accepted=accepted))
+    with pytest.raises(CorruptRecord, match="one path"):
+        decode(encode(trace))
+
+
+def test_json_summarises_arrays_or_prints_them_whole(small: Trace) -> None:
+    summary = to_json(small)
+    assert summary["rounds"]["top_ids"] == "i4[4,2]"
+    whole = to_json(small, whole=True)
+    assert whole["rounds"]["tokens"] == [5, 6, 7]
+    assert whole["features"]["values"] == [[1.0] * 3] * 4
+    json.dumps([summary, whole])
+
+
+def test_version_1_is_read_for_ever() -> None:
+    trace = decode((GOLDEN / "trace_v1.bin").read_bytes())
+    assert json.loads(json.dumps(to_json(trace, whole=True))) == json.loads((GOLDEN / "trace_v1.json").read_text())

@@ -1,0 +1,135 @@
+"""One trace to bytes and back.
+
+    magic "LDTR" | u2 major | u2 minor | u2 flags | msgpack map of the Trace's fields
+
+Little-endian; the header's version is the trace's.  Flag 1: ``features.values`` holds packed byte planes
+(``planes``).  Tensors are raw little-endian bytes otherwise.
+
+Evolution: a new field raises the minor version; older readers keep it, unread (``ExtendedTrace``), so that a relay
+or a replay loses nothing.  Anything an older reader would misread (a changed meaning, default or flag, a new
+element of ``Array``) raises the major version, which older readers refuse.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import msgspec
+from livedraft.contracts.errors import CorruptRecord, UnsupportedSchema
+from livedraft.contracts.messages import SCHEMA_MAJOR, SCHEMA_MINOR, Array, Features, Rounds, Sampling, Trace
+from livedraft.traces import planes
+from livedraft.traces.arrays import NUMPY, describe, to_float32, to_numpy
+from livedraft.traces.validation import validate
+
+MAGIC = b"LDTR"
+PACKED_FEATURES = 1
+
+_HEADER = struct.Struct("<4sHHH")
+_ENCODER = msgspec.msgpack.Encoder()
+_TRACE = msgspec.msgpack.Decoder(Trace)
+_MAP = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+#: The records of a trace that may gain fields; "" is the trace itself.
+_PARTS: dict[str, type[msgspec.Struct]] = {"": Trace, "sampling": Sampling, "rounds": Rounds, "features": Features}
+
+
+class ExtendedTrace(Trace, frozen=True, kw_only=True):
+    """A trace of a newer minor version: the fields this reader does not know ride along and are encoded again.
+
+    ``unknown``: part ("" for the trace itself, "rounds", ...) -> field -> its msgpack bytes.
+    """
+
+    unknown: dict[str, dict[str, bytes]]
+
+
+def encode(trace: Trace) -> bytes:
+    """The record of a trace.  It is not validated: a reader does that, and need not trust a writer."""
+    flags, values = 0, trace.features.values
+    if values is not None:
+        packed = planes.pack(values.data, NUMPY[values.dtype].itemsize)
+        trace = _with_feature_bytes(trace, values, packed)
+        flags = PACKED_FEATURES
+    body = _ENCODER.encode(_merged(trace) if isinstance(trace, ExtendedTrace) else trace)
+    return _HEADER.pack(MAGIC, trace.schema_major, trace.schema_minor, flags) + body
+
+
+def decode(message: bytes) -> Trace:
+    """A validated trace.
+
+    Raises UnsupportedSchema for another major version, or for a newer minor one that this reader cannot make
+    sense of, and CorruptRecord for everything else that is not a trace; never anything else.
+    """
+    if len(message) < _HEADER.size or message[:4] != MAGIC:
+        raise CorruptRecord(f"starts with {message[:4]!r}, expected {MAGIC!r}")
+    _, major, minor, flags = _HEADER.unpack_from(message)
+    if major != SCHEMA_MAJOR:
+        raise UnsupportedSchema(f"schema {major}.{minor}, this reader knows {SCHEMA_MAJOR}.{SCHEMA_MINOR}")
+    if flags & ~PACKED_FEATURES:
+        raise UnsupportedSchema(f"flags {flags:#x}, this reader knows {PACKED_FEATURES:#x}")
+    body = memoryview(message)[_HEADER.size :]
+    try:
+        trace = msgspec.structs.replace(_TRACE.decode(body), schema_major=major, schema_minor=minor)
+        if flags & PACKED_FEATURES:
+            trace = _unpacked(trace)
+        validate(trace)
+        unknown = _unknown_fields(body)
+    except (CorruptRecord, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        kind = UnsupportedSchema if minor > SCHEMA_MINOR else CorruptRecord
+        raise kind(f"schema {major}.{minor}: {error}") from error
+    return ExtendedTrace(**_fields(trace), unknown=unknown) if unknown else trace
+
+
+def to_json(trace: Trace, *, whole: bool = False) -> dict[str, Any]:
+    """Plain values for printing: arrays as ``i4[12]``, or as nested lists when ``whole``."""
+    plain: dict[str, Any] = _plain(trace, whole)
+    return plain
+
+
+def _unpacked(trace: Trace) -> Trace:
+    values = trace.features.values
+    if values is None:
+        raise CorruptRecord("features.values: missing, but flagged as packed")
+    itemsize = NUMPY[values.dtype].itemsize
+    return _with_feature_bytes(trace, values, planes.unpack(values.data, itemsize, itemsize * math.prod(values.shape)))
+
+
+def _with_feature_bytes(trace: Trace, values: Array, data: bytes) -> Trace:
+    replace = msgspec.structs.replace
+    return replace(trace, features=replace(trace.features, values=replace(values, data=data)))
+
+
+def _unknown_fields(body: memoryview) -> dict[str, dict[str, bytes]]:
+    top = _MAP.decode(body)
+    unknown = {}
+    for part, kind in _PARTS.items():
+        fields = top if not part else _MAP.decode(top[part])
+        if new := {name: bytes(raw) for name, raw in fields.items() if name not in kind.__struct_fields__}:
+            unknown[part] = new
+    return unknown
+
+
+def _merged(trace: ExtendedTrace) -> dict[str, Any]:
+    fields = _fields(trace)
+    del fields["unknown"]
+    for part, new in trace.unknown.items():
+        raw = {name: msgspec.Raw(value) for name, value in new.items()}
+        if part:
+            fields[part] = _fields(fields[part]) | raw
+        else:
+            fields |= raw
+    return fields
+
+
+def _fields(record: msgspec.Struct) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__struct_fields__}
+
+
+def _plain(value: Any, whole: bool) -> Any:
+    if isinstance(value, Array):
+        if not whole:
+            return describe(value)
+        return (to_float32(value) if value.dtype == "bf2" else to_numpy(value)).tolist()
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(field, whole) for name, field in _fields(value).items()}
+    return msgspec.to_builtins(value)
