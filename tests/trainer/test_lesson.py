@@ -1,0 +1,105 @@
+"""Alignment, worked out by hand: which target row teaches which step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from livedraft.contracts.messages import Trace
+from livedraft.traces.arrays import to_numpy
+from livedraft.trainer.lesson import lay_open, lesson, row_after
+
+TraceMaker = Callable[..., Trace]
+
+# prompt [10, 11], prefill yields 12 (position 2), then two rounds:
+#   root 2 (12): proposes 13, 14, 15; 13 and 14 accepted, bonus 16     rows 0 (root) 1 2 3
+#   root 5 (16): proposes 17, 18;     none accepted,      bonus 19     rows 4 (root) 5 6
+# committed: 10 11 | 12 13 14 16 19        positions 0 .. 6
+CHAIN = [([13, 14, 15], [-1, 0, 1], [True, True, False], 16), ([17, 18], [-1, 0], [False, False], 19)]
+
+
+def test_rows_stand_after_the_tokens_they_condition_on(trace_of: TraceMaker) -> None:
+    trace = trace_of([10, 11], CHAIN, first=12)
+    assert to_numpy(trace.output).tolist() == [12, 13, 14, 16, 19]
+    assert row_after(trace, lay_open(trace.rounds), 7).tolist() == [-1, -1, 0, 1, 2, 4, -1]
+
+
+def test_committed_chains_by_hand(trace_of: TraceMaker) -> None:
+    trace = trace_of([10, 11], CHAIN, first=12)
+    found = lesson(trace, 3).committed
+    # Position 1 is P - 1: its features and token 12 predict 13, which row 0 (after 12) judged.
+    assert found.root.tolist() == [1, 2, 3, 4]
+    assert found.tokens.tolist() == [[12, 13, 14], [13, 14, 16], [14, 16, 19], [16, 19, 19]]
+    assert found.rows.tolist() == [[0, 1, 2], [1, 2, 4], [2, 4, -1], [4, -1, -1]]
+
+
+def test_rejected_chains_by_hand(trace_of: TraceMaker) -> None:
+    trace = trace_of([10, 11], CHAIN, first=12, logprobs=[-0.1, -0.2, -0.3, -0.4, -0.5])
+    found = lesson(trace, 4, stale=set()).rejected
+    assert found.root.tolist() == [1, 4]
+    # Round 1 rejected only 15, after 13 and 14; its row is 3.  Round 2 rejected 17 and 18: rows 5 and 6.
+    assert found.tokens.tolist() == [[12, 13, 14, 15], [16, 17, 18, 0]]
+    assert found.rows.tolist() == [[-1, -1, -1, 3], [-1, 5, 6, -1]]
+    np.testing.assert_allclose(found.proposed, [[0, -0.1, -0.2, -0.3], [0, -0.4, -0.5, 0]])
+
+
+def test_a_rejected_tree_asks_for_every_node_once(trace_of: TraceMaker) -> None:
+    # root -> 13 -> {14, 15};  root -> 20 -> 21.   13, 15 accepted.
+    tree = [([13, 20, 14, 15, 21], [-1, -1, 0, 0, 1], [True, False, False, True, False], 16)]
+    trace = trace_of([10, 11], tree, first=12)
+    assert row_after(trace, lay_open(trace.rounds), 6).tolist() == [-1, -1, 0, 1, 4, -1]
+    found = lesson(trace, 3, stale=set()).rejected
+    assert found.tokens.tolist() == [[12, 13, 14], [12, 20, 21]]
+    assert found.rows.tolist() == [[-1, -1, 3], [-1, 2, 5]]
+
+
+def test_chains_longer_than_the_unroll_are_cut(trace_of: TraceMaker) -> None:
+    found = lesson(trace_of([10, 11], CHAIN, first=12), 2, stale=set()).rejected
+    assert found.rows.tolist() == [[-1, -1], [-1, 5]]
+
+
+def test_stale_drafters_teach_nothing_by_their_rejections(trace_of: TraceMaker) -> None:
+    trace = trace_of([10, 11], CHAIN, first=12)
+    assert len(lesson(trace, 3, stale={"1"}).rejected.root) == 0
+    assert len(lesson(trace, 3).rejected.root) == 0
+
+
+def test_a_request_cut_inside_a_round_keeps_what_was_committed(trace_of: TraceMaker) -> None:
+    trace = trace_of([10, 11], CHAIN[:1], first=12, length=4)
+    found = lesson(trace, 3).committed
+    assert found.root.tolist() == [1, 2]
+    assert found.rows.tolist() == [[0, 1, -1], [1, -1, -1]]
+
+
+def test_a_window_sees_the_same_rows_as_the_whole(trace_of: TraceMaker) -> None:
+    trace = trace_of([10, 11], CHAIN, first=12)
+    whole, part = lesson(trace, 3), lesson(trace, 3, start=2, window=2)
+    assert part.committed.root.tolist() == [0, 1]
+    assert part.committed.rows.tolist() == whole.committed.rows[1:3].tolist()
+    assert part.committed.tokens.tolist() == whole.committed.tokens[1:3].tolist()
+    torch.testing.assert_close(part.features, whole.features[2:4])
+    assert part.next_tokens.tolist() == [13, 14]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_every_step_reads_its_token_and_is_judged_by_the_row_after_it(random_trace: TraceMaker, number: int) -> None:
+    """Property: walk the rounds one by one, as serving did, and compare with the laid-out tables."""
+    trace = random_trace(number)
+    tokens = np.concatenate([to_numpy(trace.prompt), to_numpy(trace.output)])
+    sizes, accepted = to_numpy(trace.rounds.size), to_numpy(trace.rounds.accepted)
+    after, row, node = {}, 0, 0
+    for root, size in zip(to_numpy(trace.rounds.root), sizes, strict=True):
+        after[int(root)] = row
+        kept = int(accepted[node : node + size].sum())
+        after |= {int(root) + i: row + i for i in range(1, kept + 1)}
+        row, node = row + 1 + int(size), node + int(size)
+    found = lesson(trace, 4).committed
+    assert set(found.root + 1) == set(after)
+    for root, reads, rows in zip(found.root, found.tokens, found.rows, strict=True):
+        for step in range(4):
+            at = int(root) + 1 + step
+            assert rows[step] == after.get(at, -1)
+            if at < len(tokens):
+                assert reads[step] == tokens[at]

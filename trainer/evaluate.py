@@ -1,0 +1,158 @@
+"""How a drafter would have served a recorded trace: draft for real from every root, then count expected rounds.
+
+Given the committed text, which is target-distributed whatever drafter proposed it, a proposal drawn from q is
+accepted as the committed token x with probability exactly min(1, q(x) / p(x)) (Leviathan et al. 2023,
+arXiv 2211.17192: Q(x) min(1, p/q) of the P(x) mass).  So from a root, the first j tokens are accepted with
+probability s_j = prod_{i<=j} min(1, q(x_i) / p(x_i)); the round then commits j + 1.  Let r_t be the chance that a
+round starts at token t: r_first = 1, r_{t+j+1} += r_t (s_j - s_{j+1}); the expected rounds are sum_t r_t.
+Greedy is the case where each factor is 0 or 1.
+
+Approximation: p outside the K recorded candidates is known only as a mass; a committed token there is accepted
+with the bucket's min(1, q_tail / p_tail), which is never too low on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from livedraft.contracts.messages import ReplayScore, Sampling, Trace
+from livedraft.kernels.sampling import distribution
+from livedraft.trainer.batch import pack
+from livedraft.trainer.lesson import Lesson, lesson
+from livedraft.trainer.model import Drafter
+from livedraft.trainer.target import read_target
+from livedraft.trainer.unroll import unroll
+from numpy.typing import NDArray
+from torch import Tensor
+
+_TRACES_AT_ONCE = 8
+
+
+class DraftReplay:
+    """``contracts.ports.Replay`` by the training unroll, without gradients.
+
+    ``depth`` is the number of draft tokens per round.  The first output token is left out of the score: prefill
+    yields it, drafting starts from it.
+    """
+
+    def __init__(self, target_folder: Path, depth: int, *, threads: int = 1) -> None:
+        self._embedding = read_target(target_folder).embedding
+        self._depth = depth
+        self._threads = threads
+
+    def score(self, folder: Path, traces: Sequence[Trace]) -> list[ReplayScore]:
+        """One score per trace with features and at least two output tokens.  Raises DrafterRejected."""
+        torch.set_num_threads(self._threads)
+        return replay(Drafter.from_checkpoint(folder, self._embedding), traces, self._depth)
+
+
+@torch.inference_mode()
+def replay(drafter: Drafter, traces: Sequence[Trace], depth: int) -> list[ReplayScore]:
+    """``DraftReplay.score`` for a drafter in memory."""
+    usable = iter([t for t in traces if can_score(t, 3 * drafter.config.hidden_size)])
+    scores = []
+    while some := list(islice(usable, _TRACES_AT_ONCE)):
+        lessons = [lesson(trace, depth + 1) for trace in some]
+        for trace, accepted in zip(some, _acceptance(drafter, some, lessons, depth), strict=True):
+            scores.append(_score(trace, accepted))
+    return scores
+
+
+def can_score(trace: Trace, width: int) -> bool:
+    """Whether a trace has two output tokens or more, and features of ``width`` that cover prompt and output."""
+    values = trace.features.values
+    length = trace.prompt.shape[0] + trace.output.shape[0]
+    return (
+        trace.output.shape[0] > 1
+        and values is not None
+        and values.shape[1] == width
+        and trace.features.start == 0
+        and len(trace.prompt.data) > 0
+        and values.shape[0] >= length - 1
+    )
+
+
+def expected_rounds(survival: NDArray[np.float64]) -> float:
+    """Rounds to commit n tokens, where ``survival[t, j]`` is the chance that j proposals from root t are accepted.
+
+    ``survival`` f[n, depth + 1], non-increasing along j, ``survival[t, 0]`` 1: row t is the root with n - t tokens
+    still to come.
+    """
+    n, width = survival.shape
+    start = np.zeros(n + width)
+    start[0] = 1
+    exactly = survival - np.append(survival[:, 1:], np.zeros((n, 1)), axis=1)
+    for t in range(n):
+        start[t + 1 : t + 1 + width] += start[t] * exactly[t]
+    return float(start[:n].sum())
+
+
+def _score(trace: Trace, accepted: NDArray[np.float64]) -> ReplayScore:
+    survival = np.concatenate([np.ones((len(accepted), 1)), accepted.cumprod(1)], 1)
+    return ReplayScore(
+        trace_id=trace.trace_id,
+        domain=trace.domain,
+        temperature=trace.sampling.temperature,
+        tokens=float(len(accepted)),
+        rounds=expected_rounds(survival),
+    )
+
+
+def _acceptance(
+    drafter: Drafter, traces: Sequence[Trace], lessons: Sequence[Lesson], depth: int
+) -> Iterator[NDArray[np.float64]]:
+    """Per trace f[n, depth]: chance that each proposal from each of its n roots is accepted, given its prefix."""
+    roots = pack(lessons, drafter.draft_row).roots
+    chances = [torch.zeros(n, depth) for n in roots.chains]
+    for step, hidden in enumerate(unroll(drafter, roots, depth)):
+        logits = torch.split(drafter.lm_head(drafter.norm(hidden)), roots.chains)
+        for i, (trace, about) in enumerate(zip(traces, lessons, strict=True)):
+            chances[i][:, step] = _accepted(drafter, logits[i], about, step, trace.sampling)
+    for trace, about, chance in zip(traces, lessons, chances, strict=True):
+        prompt, output = trace.prompt.shape[0], trace.output.shape[0]
+        first = torch.from_numpy(about.committed.root) + 1 - prompt
+        to_come = output - 1 - first
+        table = torch.zeros(output, depth)
+        # A proposal past the end of the text cannot be judged, nor does it commit anything.
+        table[first] = chance.masked_fill(torch.arange(depth) >= to_come[:, None], 0)
+        yield table[:-1].double().numpy()
+
+
+def _accepted(drafter: Drafter, logits: Tensor, about: Lesson, step: int, sampling: Sampling) -> Tensor:
+    """f[C] chance that the proposal of ``step`` is the committed token and accepted."""
+    committed = torch.from_numpy(about.committed.tokens[:, step + 1])
+    if sampling.temperature == 0:
+        return (drafter.draft_ids[logits.argmax(1)] == committed).float()
+    rows = torch.from_numpy(about.committed.rows[:, step])
+    ids, p, p_tail = _filtered(about.top_ids[rows], about.top_logprobs[rows].exp(), about.tail[rows], sampling)
+    q = distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    row = drafter.draft_row
+    q_top = _at(q, row[ids])
+    found = ids == committed[:, None]
+    q_tail = (1 - q_top.sum(1)).clamp(min=0)
+    inside = found.any(1)
+    p_x = torch.where(inside, (p * found).sum(1), p_tail)
+    q_x = torch.where(inside, (q_top * found).sum(1), q_tail)
+    return (q_x / p_x.clamp(min=torch.finfo(p_x.dtype).tiny)).clamp(max=1) * (rows >= 0)
+
+
+def _at(q: Tensor, rows: Tensor) -> Tensor:
+    return q.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, 0)
+
+
+def _filtered(ids: Tensor, p: Tensor, tail: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """The recorded distributions after top-k, then top-p, as the request drew from them."""
+    if sampling.top_k > 0:
+        p = p.masked_fill(torch.arange(p.shape[1]) >= sampling.top_k, 0)
+        tail = tail * (sampling.top_k > p.shape[1])
+    if sampling.top_p < 1:
+        mass = (p.sum(1) + tail)[:, None]
+        before = p.cumsum(1) - p
+        tail = tail.masked_fill(p.sum(1) >= sampling.top_p * mass[:, 0], 0)
+        p = p.masked_fill(before >= sampling.top_p * mass, 0)
+    mass = (p.sum(1) + tail).clamp(min=torch.finfo(p.dtype).tiny)
+    return ids, p / mass[:, None], tail / mass
