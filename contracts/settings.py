@@ -94,21 +94,33 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: OS niceness: serving goes first.
     nice: int = 15
     learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 0.5
+    #: Steps over which the learning rate rises to its constant value.
+    warmup_steps: int = 10
+    #: Of the head's products: "auto" takes bfloat16 where the processor multiplies it natively.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Depth of the unroll on the drafter's own outputs; at least the serving depth.
     unroll: int = 5
     #: Weight of depth k is ``decay ** k``.
     decay: float = 0.8
-    #: Traces in a step, half of them (``fresh_share``) new ones while there are any.
+    #: Traces in a step: at most ``fresh_share`` of them new while others are left to fill it, ``rehearse_share``
+    #: from long memory.
     batch_traces: int = 8
     fresh_share: float = 0.5
+    rehearse_share: float = 0.125
     #: Tokens of a trace trained on at once; longer ones are cut.
     window: int = 192
-    #: Traces kept for replay, stratified by domain.
+    #: Traces kept: half the most recent ones, half a long memory stratified by domain.
     replay_traces: int = 512
-    #: Times a trace may be trained on, its first included.
+    #: Times a recent trace may be trained on, its first included.
     max_uses: int = 6
+    #: Steps for each admitted trace; 0 learns as fast as time allows.  Any other value makes the weights a
+    #: function of the stream alone (lockstep).
+    steps_per_trace: float = 0.0
+    #: Whether a greedy request teaches its best token alone instead of the target's distribution.
+    hard_greedy: bool = False
     #: Weight of the discard term (rejected proposals); 0 switches it off.
     discard: float = 0.1
     #: Divergence on committed positions.
@@ -131,12 +143,15 @@ class Swap(_Section, frozen=True, kw_only=True):
     #: Held-out traces that the gate replays (the most recent ones), and the fewest it decides on.
     gate_traces: int = 48
     gate_min_traces: int = 8
+    #: Seconds after which a trace is no evidence of today's traffic any more.
+    gate_max_age_s: float = 3600.0
     bootstrap: int = 1000
     #: Two-sided confidence of the bootstrap interval.
     confidence: float = 0.95
     #: Verify rounds observed after a swap before it is kept.
     watch_rounds: int = 400
-    #: Roll back when the observed accept length falls below this share of the predicted one or of the previous one.
+    #: Roll back when the observed accept length falls below this share both of the predicted one and of what the
+    #: previous drafter showed (traffic that grows harder fails the prediction, but is no reason to go back).
     rollback_below: float = 0.9
     #: Seconds after which the watch decides on what it has.
     watch_timeout_s: float = 120.0

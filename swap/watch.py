@@ -1,0 +1,99 @@
+"""The watch after a swap: does the new drafter keep its promise online?  A pure decision."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from livedraft.contracts.messages import Decision, EngineStatus, Record
+from msgspec.structs import replace
+
+
+class Watch(Record, frozen=True, kw_only=True):
+    """A swap under observation."""
+
+    candidate: str
+    #: The version it replaced.
+    live: str | None
+    #: Accept length that the gate predicted.
+    predicted: float
+    #: Accept length of the replaced version: as observed just before the swap, else as the gate predicted.
+    previous: float
+    #: Unix seconds.
+    started_at: float
+    #: The candidate's counters at the swap (it may have served before).
+    tokens: int = 0
+    rounds: int = 0
+
+
+class WatchRules(Record, frozen=True, kw_only=True):
+    """How long to look, and what is too little."""
+
+    rounds: int = 400
+    timeout_s: float = 120.0
+    rollback_below: float = 0.9
+
+
+def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> Decision:
+    """Keep, roll back, or wait for more rounds.
+
+    Rolls back when the observed accept length is below ``rollback_below`` of both the prediction and the previous
+    version's: below the prediction alone, traffic may have grown harder for any drafter; below the previous one
+    alone, the gate knew.  After ``timeout_s`` it decides on what it has; without a single round it keeps.
+    Evidence: ``predicted_accept_length``, ``previous_accept_length``, ``observed_accept_length``,
+    ``relative_error`` (of the prediction), ``rounds``.
+    """
+    tokens, rounds = status.by_drafter.get(watch.candidate, (0, 0))
+    if rounds >= watch.rounds:  # else the engine started anew, and counts from zero
+        tokens, rounds = tokens - watch.tokens, rounds - watch.rounds
+    verdict = Decision(
+        action="wait",
+        reason=f"{rounds} of {rules.rounds} rounds",
+        candidate=watch.candidate,
+        live=watch.live,
+        evidence={
+            "predicted_accept_length": watch.predicted,
+            "previous_accept_length": watch.previous,
+            "rounds": float(rounds),
+        },
+        at=now,
+    )
+    if rounds < rules.rounds and now < watch.started_at + rules.timeout_s:
+        return verdict
+    if rounds == 0:
+        return replace(verdict, action="keep", reason="it was never asked to draft")
+    observed = tokens / rounds
+    evidence = {"observed_accept_length": observed, "relative_error": abs(watch.predicted - observed) / observed}
+    fails = observed < rules.rollback_below * min(watch.predicted, watch.previous)
+    return replace(
+        verdict,
+        action="rollback" if fails else "keep",
+        reason=f"accept length {observed:.2f} over {rounds} rounds, predicted {watch.predicted:.2f}, "
+        f"before {watch.previous:.2f}",
+        evidence=verdict.evidence | evidence,
+    )
+
+
+class Meter:
+    """The recent accept length of whatever drafter an engine has, from snapshots of its counters."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._drafter = ""
+        self._seen: deque[tuple[int, int]] = deque()
+
+    def observe(self, status: EngineStatus) -> None:
+        """Take a snapshot; another drafter, or an engine started anew, begins a new measurement."""
+        now = status.by_drafter.get(status.drafter, (0, 0))
+        if status.drafter != self._drafter or (self._seen and now[1] < self._seen[-1][1]):
+            self._drafter, self._seen = status.drafter, deque()
+        self._seen.append(now)
+        while len(self._seen) > 2 and now[1] - self._seen[1][1] >= self._rounds:
+            self._seen.popleft()
+
+    @property
+    def accept_length(self) -> float | None:
+        """Over about the last ``rounds`` rounds; None before the first one."""
+        if not self._seen or self._seen[-1][1] == self._seen[0][1]:
+            return None
+        (tokens, rounds), (then_tokens, then_rounds) = self._seen[-1], self._seen[0]
+        return (tokens - then_tokens) / (rounds - then_rounds)

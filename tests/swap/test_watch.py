@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from livedraft.swap.watch import Meter, Watch, WatchRules, judge
+
+from . import drafts
+from .fakes import FakeEngine
+
+RULES = WatchRules(rounds=400, timeout_s=120.0, rollback_below=0.9)
+WATCH = Watch(candidate="2", live="1", predicted=3.0, previous=2.5, started_at=100.0)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    drafts.write(tmp_path / "a")
+    return FakeEngine(tmp_path / "a", "2")
+
+
+def test_it_waits_for_its_rounds(engine: FakeEngine) -> None:
+    engine.serve(399, 1.0)
+    decision = judge(WATCH, engine.status(), 101.0, RULES)
+    assert decision.action == "wait"
+    assert decision.evidence["rounds"] == 399
+
+
+@pytest.mark.parametrize(
+    ("observed", "action"),
+    [
+        (3.2, "keep"),
+        (2.75, "keep"),  # within the prediction's share
+        (2.4, "keep"),  # below the prediction, about the previous one: harder traffic
+        (2.2, "rollback"),
+        (1.0, "rollback"),
+    ],
+)
+def test_it_compares_with_the_promise_and_the_past(engine: FakeEngine, observed: float, action: str) -> None:
+    engine.serve(400, observed)
+    decision = judge(WATCH, engine.status(), 101.0, RULES)
+    assert decision.action == action
+    assert (decision.candidate, decision.live, decision.at) == ("2", "1", 101.0)
+    assert decision.evidence["observed_accept_length"] == pytest.approx(observed)
+    assert decision.evidence["relative_error"] == pytest.approx(abs(3.0 - observed) / observed)
+
+
+def test_a_small_promise_kept_is_no_reason_to_go_back(engine: FakeEngine) -> None:
+    engine.serve(400, 1.5)
+    watch = Watch(candidate="2", live="1", predicted=1.5, previous=2.5, started_at=100.0)
+    assert judge(watch, engine.status(), 101.0, RULES).action == "keep"
+
+
+def test_after_its_time_it_decides_on_what_it_has(engine: FakeEngine) -> None:
+    engine.serve(60, 1.0)
+    assert judge(WATCH, engine.status(), 219.9, RULES).action == "wait"
+    assert judge(WATCH, engine.status(), 220.0, RULES).action == "rollback"
+
+
+def test_without_traffic_it_keeps(engine: FakeEngine) -> None:
+    decision = judge(WATCH, engine.status(), 300.0, RULES)
+    assert decision.action == "keep"
+    assert "observed_accept_length" not in decision.evidence
+
+
+def test_what_was_served_before_the_swap_does_not_count(engine: FakeEngine) -> None:
+    engine.serve(1000, 1.0)
+    watch = Watch(candidate="2", live="1", predicted=3.0, previous=2.5, started_at=100.0, tokens=1000, rounds=1000)
+    assert judge(watch, engine.status(), 101.0, RULES).action == "wait"
+    engine.serve(400, 3.0)
+    decision = judge(watch, engine.status(), 101.0, RULES)
+    assert decision.evidence["observed_accept_length"] == pytest.approx(3.0)
+
+
+def test_an_engine_that_started_anew_counts_from_zero(engine: FakeEngine) -> None:
+    watch = Watch(candidate="2", live="1", predicted=3.0, previous=2.5, started_at=100.0, tokens=1000, rounds=1000)
+    engine.serve(400, 3.0)
+    assert judge(watch, engine.status(), 101.0, RULES).evidence["observed_accept_length"] == pytest.approx(3.0)
+
+
+def test_the_meter_shows_the_recent_past(engine: FakeEngine) -> None:
+    meter = Meter(rounds=100)
+    meter.observe(engine.status())
+    assert meter.accept_length is None
+    for accept_length in [1.0] * 10 + [3.0] * 4:
+        engine.serve(50, accept_length)
+        meter.observe(engine.status())
+    assert meter.accept_length == pytest.approx(3.0)
+
+
+def test_the_meter_starts_anew_with_another_drafter_and_another_engine(engine: FakeEngine, tmp_path: Path) -> None:
+    meter = Meter(rounds=100)
+    meter.observe(engine.status())
+    engine.serve(50, 1.0)
+    meter.observe(engine.status())
+    engine.drafter = "3"
+    meter.observe(engine.status())
+    assert meter.accept_length is None
+    engine.serve(50, 2.0)
+    meter.observe(engine.status())
+    assert meter.accept_length == pytest.approx(2.0)
+    engine.restart(tmp_path / "a", "3")
+    engine.serve(10, 4.0)
+    meter.observe(engine.status())
+    assert meter.accept_length is None
