@@ -19,7 +19,7 @@ T = TypeVar("T")
 Positive = Annotated[int, Meta(ge=1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 StopString = Annotated[str, Meta(min_length=1)]
-Domain = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:/-]+$")]
+Domain = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:/-]+\Z")]
 
 #: Unsupported field -> the values, besides null, that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {

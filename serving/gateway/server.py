@@ -20,15 +20,13 @@ from livedraft.serving.gateway.app import Endpoint
 FLUSH_S = 5
 #: Seconds an idle connection is kept: longer than clients and proxies keep theirs, so that they close first.
 KEEP_ALIVE_S = 75
-#: Seconds the engine gets to stop after the drain.
-CLOSE_S = 5.0
 
 
 def serve(app: FastAPI, settings: Gateway) -> None:
     """Answer on ``settings.host:port`` until SIGTERM or SIGINT, drain, close the engine, return.
 
-    A second signal skips the drain.  Belongs in the main thread.  Raises SettingsError when the address
-    cannot be used.
+    A second signal ends the drain: what still runs is told so.  Belongs in the main thread.  Raises
+    SettingsError when the address cannot be used.
     """
     with listen(settings) as listener:
         DrainingServer(app, settings).run(sockets=[listener])
@@ -59,17 +57,18 @@ def listen(settings: Gateway) -> socket.socket:
     Made from ``getaddrinfo`` because asyncio switches Nagle's algorithm off only for a socket that says it is
     TCP: with it on, streamed tokens wait for the acknowledgement of those before.
     """
-    where = (settings.host, settings.port)
+    listener = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, None, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind((address[0], settings.port, *address[2:]))
+        return listener
     except (OSError, OverflowError) as error:
-        raise SettingsError(
-            f"gateway.host and gateway.port: cannot listen on {where[0]}:{where[1]}: {error}"
-        ) from error
-    return listener
+        if listener:
+            listener.close()
+        where = f"{settings.host}:{settings.port}"
+        raise SettingsError(f"gateway.host, gateway.port: cannot listen on {where}: {error}") from error
 
 
 class DrainingServer(uvicorn.Server):
@@ -92,6 +91,7 @@ class DrainingServer(uvicorn.Server):
         self.url = ""
         self._endpoint: Endpoint = app.state.endpoint
         self._drain_s = settings.drain_s
+        self._hurried = False
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends its main loop."""
@@ -101,14 +101,14 @@ class DrainingServer(uvicorn.Server):
         return True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal asks, the second insists.  Not recorded, or uvicorn would raise it again at the end."""
-        self.force_exit = self.should_exit
+        """The first signal asks, the second hurries.  Not recorded, or uvicorn would raise it again at the end."""
+        self._hurried = self.should_exit
         self.should_exit = True
 
     async def _drain(self) -> None:
         traffic = self._endpoint.traffic
         traffic.draining = True
         deadline = time.monotonic() + self._drain_s
-        while traffic.in_flight and time.monotonic() < deadline and not self.force_exit:
+        while traffic.in_flight and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self._endpoint.engine.close, CLOSE_S)
+        await asyncio.to_thread(self._endpoint.engine.close, 0.0)  # what is left has had its time

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 from livedraft.contracts.settings import Gateway
-from livedraft.serving.gateway.app import create_app
+from livedraft.serving.gateway.app import Endpoint, create_app
 from livedraft.serving.gateway.server import DrainingServer, running
 
 from .fake_engine import FakeEngine
@@ -26,6 +26,11 @@ class Served:
     @property
     def url(self) -> str:
         return self.server.url
+
+    @property
+    def in_flight(self) -> int:
+        endpoint: Endpoint = self.server.config.app.state.endpoint  # type: ignore[union-attr]  # it is our FastAPI
+        return endpoint.traffic.in_flight
 
 
 @contextmanager
