@@ -1,0 +1,173 @@
+"""The swap controller: candidate in, decision out.
+
+    controller = Controller(swapper, evidence, replay, settings.swap, rules)
+    controller.run(stop)                 # until the threading.Event ``stop`` is set
+
+Killed at any point and started again, it finds one version live: the one the engine drafts with.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from livedraft.contracts import settings
+from livedraft.contracts.errors import DrafterRejected, LivedraftError, SwapFailed
+from livedraft.contracts.messages import Decision, DrafterVersion, EngineStatus, Manifest, ReplayScore, Trace
+from livedraft.contracts.ports import Replay
+from livedraft.swap import gate, watch
+from livedraft.swap.drift import DriftByDomain
+from livedraft.swap.evidence import Evidence
+from livedraft.swap.swapper import Swapper
+from msgspec.structs import replace
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """Gate, swap, watch, keep or roll back; one turn is ``tick``.
+
+    ``baseline``: folder of the frozen drafter that a candidate must not fall below.
+    """
+
+    def __init__(
+        self,
+        swapper: Swapper,
+        evidence: Evidence,
+        replay: Replay,
+        settings: settings.Swap,
+        rules: gate.GateRules,
+        *,
+        baseline: Path | None = None,
+    ) -> None:
+        self._swapper = swapper
+        self._journal = swapper.journal
+        self._evidence = evidence
+        self._replay = replay
+        self._settings = settings
+        self._rules = rules
+        self._watch_rules = watch.WatchRules(
+            rounds=settings.watch_rounds,
+            timeout_s=settings.watch_timeout_s,
+            rollback_below=settings.rollback_below,
+        )
+        self._baseline = baseline
+        self._meter = watch.Meter(settings.watch_rounds)
+        self._drift = DriftByDomain()
+        self._undecided: tuple[str, ...] | None = None
+        self._complaint = ""
+
+    def run(self, stop: threading.Event) -> None:
+        """Take turns until ``stop`` is set; a neighbour's fault is logged once and outlived."""
+        while not stop.is_set():
+            try:
+                self.tick(stop)
+                self._complaint = ""
+            except LivedraftError as error:
+                if str(error) != self._complaint:
+                    log.warning("%s: %s", type(error).__name__, error)
+                self._complaint = str(error)
+            stop.wait(self._settings.poll_s)
+
+    def tick(self, stop: threading.Event) -> Decision | None:
+        """One turn; returns the decision it came to, if it came to one."""
+        fresh = self._evidence.refresh(stop)
+        with self._journal.alone():
+            status = self._swapper.settle()
+            self._meter.observe(status)
+            self._drift.observe(fresh, self._journal.predictions())
+            decision = self._watch(status)  # needs no registry: a bad drafter goes while the registry is down
+            self._swapper.deliver()
+            live = self._swapper.align(self._swapper.settle())
+            if live and self._journal.watch is None and not stop.is_set():
+                decision = self._consider(live, status, stop) or decision
+                self._swapper.align(self._swapper.settle())
+                self._swapper.deliver()
+        if decision:
+            log.info("%s %s: %s", decision.action, decision.candidate, decision.reason)
+        return decision
+
+    def _watch(self, status: EngineStatus) -> Decision | None:
+        """Close the watch, if one is open and has seen enough."""
+        if (watched := self._journal.watch) is None:
+            return None
+        verdict = watch.judge(watched, status, self._swapper.clock(), self._watch_rules)
+        if status.drafter != watched.candidate:
+            reason = f"the engine went back to {status.drafter!r} by itself"
+            verdict = replace(verdict, action="rollback", reason=reason)
+        elif verdict.action == "wait":
+            return None
+        elif verdict.action == "rollback":
+            try:
+                return self._swapper.back(verdict)
+            except DrafterRejected as error:
+                verdict = replace(verdict, action="keep", reason=f"cannot go back to {watched.live}: {error}")
+        self._journal.append(verdict)
+        return verdict
+
+    def _consider(self, live: DrafterVersion, status: EngineStatus, stop: threading.Event) -> Decision | None:
+        """Judge the candidate, if there is a new one, and swap to it if it is better."""
+        candidate = self._swapper.registry.resolve("candidate")
+        if candidate is None or candidate.checksum == live.checksum or self._journal.judged(candidate.version):
+            return None
+        live_folder, config, _ = self._swapper.fetch(live, status)
+        try:
+            folder, _, manifest = self._swapper.fetch(candidate, status, like=config)
+            verdict = self._judge(folder, manifest, live_folder, status, stop)
+            verdict = replace(verdict, candidate=candidate.version, live=live.version, at=self._swapper.clock())
+            if verdict.action == "wait":
+                return None
+            if verdict.action == "promote":
+                return self._swapper.exchange(folder, candidate.version, self._with_start(verdict))
+        except DrafterRejected as error:
+            verdict = Decision(
+                action="reject",
+                reason=str(error),
+                candidate=candidate.version,
+                live=live.version,
+                at=self._swapper.clock(),
+            )
+        self._journal.append(verdict)
+        self._swapper.tidy(keep={live.version, self._journal.predecessor(live.version) or live.version})
+        return verdict
+
+    def _judge(
+        self, folder: Path, manifest: Manifest, live_folder: Path, status: EngineStatus, stop: threading.Event
+    ) -> Decision:
+        """The gate's verdict on fair recent traces; "wait" while there are too few of them."""
+        since = self._swapper.clock() - self._settings.gate_max_age_s
+        traces = self._evidence.recent(status, manifest.offsets, since)
+        asked = (str(folder), *(t.trace_id for t in traces))
+        wait = Decision(action="wait", reason=f"{len(traces)} traces")
+        if len(traces) < self._rules.min_traces or asked == self._undecided:
+            return wait
+        candidate = self._replay.score(folder, traces)
+        if stop.is_set():
+            return wait
+        live = self._score_served(live_folder, traces)
+        baseline = None if self._baseline is None else self._score_served(self._baseline, traces)
+        verdict = gate.judge(candidate, live, self._rules, baseline=baseline)
+        self._undecided = asked
+        return replace(verdict, evidence=verdict.evidence | {"drifted_domains": float(len(self._drift.domains))})
+
+    def _score_served(self, folder: Path, traces: list[Trace]) -> list[ReplayScore]:
+        """Scores of a drafter that has served: that it cannot be replayed is not the candidate's fault."""
+        try:
+            return self._replay.score(folder, traces)
+        except DrafterRejected as error:
+            raise SwapFailed(f"{folder}: cannot replay the drafter in service: {error}") from error
+
+    def _with_start(self, promotion: Decision) -> Decision:
+        """A promotion with what the watch will compare against, read as late as possible."""
+        status = self._swapper.engine.status()
+        self._meter.observe(status)
+        tokens, rounds = status.by_drafter.get(promotion.candidate or "", (0, 0))
+        observed = self._meter.accept_length
+        start = {
+            "previous_accept_length": promotion.evidence["live_accept_length"] if observed is None else observed,
+            "tokens_at_swap": float(tokens),
+            "rounds_at_swap": float(rounds),
+        }
+        self._drift.domains.clear()  # the new drafter has learned from what drifted
+        return replace(promotion, evidence=promotion.evidence | start)

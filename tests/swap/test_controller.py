@@ -1,0 +1,381 @@
+"""The swap controller against fakes: what it promotes, refuses, rolls back, and survives."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from livedraft.contracts import settings
+from livedraft.contracts.errors import NotFound, RegistryUnavailable, SwapFailed
+from livedraft.contracts.messages import Decision, Offsets
+from livedraft.swap import by_hand
+from livedraft.swap.controller import Controller
+from livedraft.swap.evidence import Evidence
+from livedraft.swap.gate import GateRules
+from livedraft.swap.memory_registry import MemoryRegistry
+from livedraft.swap.swapper import Swapper
+from livedraft.traces.memory import MemoryStream
+from msgspec.structs import replace
+
+from . import drafts
+from .fakes import FakeEngine, FakeReplay, trace
+
+
+class Switchable:
+    """A neighbour that can be made unreachable."""
+
+    def __init__(self, behind: Any) -> None:
+        self.behind = behind
+        self.down = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.down:
+            raise RegistryUnavailable("the registry does not answer")
+        return getattr(self.behind, name)
+
+
+class World:
+    """Everything around a controller, which may be started anew at any time."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.tmp_path = tmp_path
+        self.memory = MemoryRegistry(tmp_path / "registry")
+        self.registry: Any = Switchable(self.memory)
+        self.stream = MemoryStream()
+        self.replay = FakeReplay({"1": 2.0})
+        self.now = 1000.0
+        self.settings = settings.Swap(gate_traces=16, gate_min_traces=4, watch_rounds=100, watch_timeout_s=60.0)
+        self.stop = threading.Event()
+        self.traces = 0
+        drafts.write(tmp_path / "day0", 0)
+        self.publish(0, 2.0)
+        self.engine = FakeEngine(tmp_path / "day0", "1")
+        self.start()
+
+    def start(self) -> None:
+        self.swapper = Swapper(self.registry, self.engine, self.tmp_path / "swap", clock=lambda: self.now)
+        evidence = Evidence(self.stream.source("gate"), lambda r: r.startswith("held"), self.settings.gate_traces)
+        self.controller = Controller(
+            self.swapper, evidence, self.replay, self.settings, GateRules(min_traces=4, bootstrap=50)
+        )
+
+    def publish(self, seed: int, accept_length: float, offsets: Offsets | None = None) -> str:
+        folder = self.tmp_path / f"draft{seed}"
+        manifest = drafts.write(folder, seed, replace(drafts.MANIFEST, parent="1", offsets=offsets or {}))
+        version = self.memory.publish(folder, manifest, {}).version
+        self.memory.point("candidate", version)
+        self.replay.accept_length[version] = accept_length
+        return version
+
+    def traffic(self, count: int = 8, **fields: Any) -> None:
+        for _ in range(count):
+            self.traces += 1
+            fields.setdefault("finished_at", self.now - 10)
+            self.stream.offer(trace(self.traces, **{"request_id": f"held{self.traces}", **fields}))
+
+    def tick(self) -> Decision | None:
+        self.now += 1.0
+        return self.controller.tick(self.stop)
+
+    def alias(self, name: str) -> str | None:
+        version = self.memory.resolve(name)
+        return version.version if version else None
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_at_first_the_engines_drafter_becomes_live(world: World) -> None:
+    assert world.tick() is None
+    assert world.alias("live") == "1"
+    assert world.alias("previous") is None
+
+
+def test_a_better_candidate_is_swapped_in_and_kept(world: World) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    promoted = world.tick()
+    assert promoted is not None
+    assert (promoted.action, promoted.candidate, promoted.live) == ("promote", version, "1")
+    assert world.engine.drafter == version
+    assert (world.alias("live"), world.alias("previous")) == (version, "1")
+
+    world.engine.serve(99, 3.0)
+    assert world.tick() is None
+    world.engine.serve(1, 3.0)
+    kept = world.tick()
+    assert kept is not None
+    assert kept.action == "keep"
+    assert kept.evidence["relative_error"] == pytest.approx(0.0, abs=0.01)
+    assert [d.action for d in world.memory.decisions()] == ["promote", "keep"]
+    assert world.memory.get(version).metrics["promote/predicted_accept_length"] == pytest.approx(3.0)
+    assert world.memory.get(version).metrics["keep/observed_accept_length"] == pytest.approx(3.0)
+
+
+def test_a_worse_candidate_is_rejected_once_and_never_swapped(world: World) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 1.8)
+    decision = world.tick()
+    assert decision is not None
+    assert (decision.action, decision.candidate) == ("reject", version)
+    assert world.tick() is None
+    world.start()
+    assert world.tick() is None
+    assert world.engine.history == ["1"]
+    assert world.alias("live") == "1"
+    assert [d.action for d in world.memory.decisions()] == ["reject"]
+
+
+def test_without_enough_traces_the_candidate_waits_unscored(world: World) -> None:
+    world.traffic(3)
+    world.publish(1, 3.0)
+    assert world.tick() is None
+    assert world.replay.asked == []
+    world.traffic(1)
+    decision = world.tick()
+    assert decision is not None
+    assert decision.action == "promote"
+
+
+def test_a_broken_promise_is_rolled_back_from_disk_while_the_registry_is_down(world: World) -> None:
+    world.traffic()
+    world.tick()
+    world.engine.serve(200, 2.0)
+    world.tick()
+    version = world.publish(1, 3.0)
+    world.tick()
+    assert world.engine.drafter == version
+
+    world.registry.down = True
+    world.engine.serve(100, 1.2)
+    with pytest.raises(RegistryUnavailable):
+        world.tick()
+    assert world.engine.drafter == "1"
+    assert world.alias("live") == version  # nobody could move it yet
+
+    world.registry.down = False
+    world.start()
+    world.tick()
+    assert world.alias("live") == "1"
+    decisions = world.memory.decisions()
+    assert [d.action for d in decisions] == ["promote", "rollback"]
+    assert decisions[1].evidence["observed_accept_length"] == pytest.approx(1.2)
+    assert decisions[1].evidence["previous_accept_length"] == pytest.approx(2.0)
+    assert world.tick() is None  # what was rolled back is not judged again
+    assert world.engine.drafter == "1"
+
+
+def damage_hash(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+
+
+def damage_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def other_weights(folder: Path) -> None:
+    for name in ("model.safetensors", "manifest.json"):
+        (folder / name).write_bytes((folder.parents[1] / "draft0" / name).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(damage_hash, "sha256 differs"), (damage_file, "model.safetensors"), (other_weights, "not the tensors")],
+)
+def test_a_corrupt_candidate_is_refused_by_name(world: World, damage: Any, named: str) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    damage(world.memory.folder / version)
+    decision = world.tick()
+    assert decision is not None
+    assert (decision.action, decision.candidate) == ("reject", version)
+    assert named in decision.reason
+    assert world.engine.history == ["1"]
+
+
+def test_a_candidate_for_another_target_is_refused_by_name(world: World, tmp_path: Path) -> None:
+    world.traffic()
+    manifest = drafts.write(tmp_path / "other", 5, replace(drafts.MANIFEST, target="big"))
+    world.memory.point("candidate", world.memory.publish(tmp_path / "other", manifest, {}).version)
+    decision = world.tick()
+    assert decision is not None
+    assert decision.action == "reject"
+    assert "'big'" in decision.reason
+
+
+def test_a_candidate_that_the_engine_refuses_is_rejected(world: World) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    world.engine.refuses.add(version)
+    decision = world.tick()
+    assert decision is not None
+    assert decision.action == "reject"
+    assert "not for me" in decision.reason
+    assert world.alias("live") == "1"
+    assert world.tick() is None
+
+
+def test_an_engine_that_does_not_confirm_keeps_its_drafter_and_the_candidate_falls(world: World) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    swap, world.engine.swap = world.engine.swap, lambda request: _fail("timed out")  # type: ignore[method-assign]
+    with pytest.raises(SwapFailed):
+        world.tick()
+    world.engine.swap = swap  # type: ignore[method-assign]
+    assert world.tick() is None
+    assert world.engine.history == ["1"]
+    assert world.alias("live") == "1"
+    assert [(d.action, d.candidate) for d in world.memory.decisions()] == [("reject", version)]
+
+
+def _fail(reason: str) -> Any:
+    raise SwapFailed(reason)
+
+
+def test_a_swap_that_was_applied_but_not_answered_is_found_applied(world: World) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    swap = world.engine.swap
+    world.engine.swap = lambda request: (swap(request), _fail("timed out"))[0]  # type: ignore[method-assign]
+    with pytest.raises(SwapFailed):
+        world.tick()
+    world.tick()
+    assert (world.engine.drafter, world.alias("live"), world.alias("previous")) == (version, version, "1")
+    assert [d.action for d in world.memory.decisions()] == ["promote"]
+
+
+def test_decisions_made_while_the_registry_was_down_arrive_in_order(world: World) -> None:
+    journal = world.swapper.journal
+    world.registry.down = True
+    made = [Decision(action="reject", reason=f"{n}", candidate="1", at=float(n)) for n in range(5)]
+    for decision in made:
+        journal.append(decision)
+    with pytest.raises(RegistryUnavailable):
+        world.tick()
+    world.registry.down = False
+    world.tick()
+    assert world.memory.decisions() == made
+    assert journal.undelivered() == []
+
+
+def test_an_engine_restarted_with_an_older_drafter_is_the_truth(world: World, tmp_path: Path) -> None:
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    world.tick()
+    world.engine.restart(tmp_path / "day0", "1")
+    decision = world.tick()
+    assert decision is not None
+    assert (decision.action, decision.candidate) == ("rollback", version)
+    assert "by itself" in decision.reason
+    assert world.alias("live") == "1"
+
+
+def test_an_engine_with_unregistered_weights_is_given_the_live_version(world: World, tmp_path: Path) -> None:
+    world.tick()
+    drafts.write(tmp_path / "stranger", 9)
+    world.engine.restart(tmp_path / "stranger", "day0")
+    world.start()
+    world.tick()
+    assert world.engine.drafter == "1"
+    world.tick()
+    assert world.alias("live") == "1"
+
+
+def test_without_any_registered_drafter_it_waits(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    drafts.write(tmp_path / "stranger", 9)
+    world.engine.restart(tmp_path / "stranger", "day0")
+    world.traffic()
+    assert world.tick() is None
+    assert world.alias("live") is None
+    assert world.engine.history == ["1"]
+
+
+def test_folders_nobody_may_want_back_are_deleted(world: World) -> None:
+    world.traffic()
+    world.tick()
+    for seed in (1, 2, 3):
+        world.publish(seed, 1.0)
+        world.tick()
+    world.publish(4, 3.0)
+    world.tick()
+    world.engine.serve(100, 3.0)
+    world.tick()
+    assert {p.name for p in (world.tmp_path / "swap" / "versions").iterdir()} == {"1", "5"}
+
+
+# By hand.
+
+
+def test_promotion_by_hand_needs_no_gate_and_is_not_watched(world: World) -> None:
+    version = world.publish(1, 1.0)
+    decision = by_hand.promote(world.swapper, version)
+    assert (decision.action, decision.candidate, decision.live) == ("promote", version, "1")
+    assert (world.alias("live"), world.alias("previous")) == (version, "1")
+    world.engine.serve(500, 1.0)
+    assert world.tick() is None
+    assert world.engine.drafter == version
+    assert world.memory.decisions() == [decision]
+
+
+def test_rollback_by_hand_returns_to_the_previous_version_step_by_step(world: World) -> None:
+    second, third = world.publish(1, 1.0), world.publish(2, 1.0)
+    by_hand.promote(world.swapper, second)
+    by_hand.promote(world.swapper, third)
+    assert by_hand.rollback(world.swapper).live == second
+    assert (world.alias("live"), world.alias("previous")) == (second, "1")
+    assert by_hand.rollback(world.swapper).live == "1"
+    with pytest.raises(SwapFailed, match="no previous version"):
+        by_hand.rollback(world.swapper)
+    assert world.engine.history == ["1", second, third, second, "1"]
+
+
+def test_by_hand_what_cannot_be_is_refused_by_name(world: World) -> None:
+    with pytest.raises(NotFound):
+        by_hand.promote(world.swapper, "77")
+    with pytest.raises(SwapFailed, match="live already"):
+        by_hand.promote(world.swapper, "1")
+    with pytest.raises(SwapFailed, match="no previous version"):
+        by_hand.rollback(world.swapper)
+    assert world.engine.history == ["1"]
+
+
+# The loop.
+
+
+def test_the_loop_outlives_its_neighbours_and_stops_when_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.settings = replace(world.settings, poll_s=0.01)
+    world.start()
+    world.engine.broken = True
+    loop = threading.Thread(target=world.controller.run, args=(world.stop,))
+    loop.start()
+    try:
+        for _ in range(200):
+            if caplog.records:
+                break
+            world.stop.wait(0.01)
+        world.engine.broken = False
+        for _ in range(500):
+            if world.alias("live"):
+                break
+            world.stop.wait(0.01)
+    finally:
+        world.stop.set()
+        loop.join(10)
+    assert not loop.is_alive()
+    assert world.alias("live") == "1"
+    assert [r.getMessage() for r in caplog.records] == ["SwapFailed: the engine does not answer"]
