@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -66,13 +67,15 @@ class Endpoint:
         self, engine: Engine, settings: Gateway, model: str, keys: Keys, opted_out: Collection[str] = ()
     ) -> None:
         self.engine = engine
-        self.settings = settings
         self.traffic = Traffic()
         self.metrics = Metrics(engine)
+        self._settings = settings
         self._model = model
         self._keys = keys
         self._opted_out = frozenset(opted_out)
         self._created = int(time.time())
+        # Log-probabilities name up to 21 tokens for each one generated: the tokenizer would hold the event loop.
+        self._spell = lru_cache(maxsize=1 << 17)(lambda token: engine.decode([token]))
 
     @property
     def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
@@ -156,7 +159,7 @@ class Endpoint:
                 labels(asked, tenant, request.headers, self._opted_out),
                 answer_id=answer_id,
                 context_length=self.engine.status().context_length,
-                settings=self.settings,
+                settings=self._settings,
             )
             answer = Answer(
                 rendering,
@@ -188,10 +191,7 @@ class Endpoint:
 
     def _require_admin(self, request: Request) -> None:
         host = request.client.host if request.client else None
-        require_admin(self.settings.admin_key, request.headers.get("authorization"), host)
-
-    def _spell(self, token: int) -> str:
-        return self.engine.decode([token])
+        require_admin(self._settings.admin_key, request.headers.get("authorization"), host)
 
     @property
     def _card(self) -> dict[str, Any]:

@@ -5,11 +5,13 @@ Extension: ``usage.livedraft`` tells how well the request was speculated.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 from livedraft.contracts.errors import LivedraftError, Overloaded
-from livedraft.contracts.messages import Delta, TokenLogprob
+from livedraft.contracts.messages import Delta, FinishReason, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -110,33 +112,28 @@ class CompletionRendering:
 
     def __init__(self, spell: Callable[[int], str]) -> None:
         self._spell = spell
+        #: Where the next token of each choice starts in its text.
+        self._offset: dict[int, int] = defaultdict(int)
 
     def choice(self, choice: Choice) -> Json:
         """A finished choice with its text."""
-        return self._written(choice, choice.text, choice.logprobs, choice.last)
+        return self._written(choice.index, choice.text, choice.logprobs, choice.last.finish_reason)
 
     def opening(self, index: int) -> None:
         """Nothing."""
 
     def piece(self, choice: Choice, delta: Delta) -> Json:
         """New text; the last piece may have none."""
-        return self._written(choice, delta.text, delta.logprobs, delta)
+        return self._written(choice.index, delta.text, delta.logprobs, delta.finish_reason)
 
-    def _written(self, choice: Choice, text: str, entries: Sequence[TokenLogprob], last: Delta) -> Json:
-        return {
-            "index": choice.index,
-            "text": text,
-            "logprobs": self._logprobs(entries, choice.logprobs[: len(choice.logprobs) - len(entries)]),
-            "finish_reason": last.finish_reason,
-        }
+    def _written(self, index: int, text: str, entries: Sequence[TokenLogprob], finish: FinishReason | None) -> Json:
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, entries), "finish_reason": finish}
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], before: Sequence[TokenLogprob]) -> Json | None:
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json | None:
         if not entries:
             return None
         tokens = [self._spell(entry.token) for entry in entries]
-        offsets = [sum(len(self._spell(entry.token)) for entry in before)]
-        for token in tokens[:-1]:
-            offsets.append(offsets[-1] + len(token))
+        *offsets, self._offset[index] = accumulate(map(len, tokens), initial=self._offset[index])
         return {
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],

@@ -85,7 +85,7 @@ class Asked(_Part, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     #: 0 and -1 mean no limit.
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     n: Positive | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: int | None = None

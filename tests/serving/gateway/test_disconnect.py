@@ -66,14 +66,14 @@ def test_leaving_before_the_body_is_complete_asks_nothing(start: Serve) -> None:
 
 
 def test_others_are_not_disturbed(start: Serve, chat: dict[str, Any]) -> None:
-    served = start(FakeEngine(step_s=0.005))
-    leaver = post(served, chat | {"stream": True})
+    served = start(FakeEngine(step_s=0.005, length=400))
+    leaver = post(served, chat | {"stream": True, "max_tokens": 400})
     eventually(lambda: len(served.engine.submitted) == 1)
-    with served.http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True}) as response:
+    with served.http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True, "max_tokens": 60}) as response:
         leaver.close()
         events = response.read().decode()
     assert events.endswith("data: [DONE]\n\n")
-    assert served.engine.cancelled == [served.engine.submitted[0].request_id]
+    eventually(lambda: served.engine.cancelled == [served.engine.submitted[0].request_id])
 
 
 def test_a_finished_request_is_not_cancelled(start: Serve, chat: dict[str, Any]) -> None:

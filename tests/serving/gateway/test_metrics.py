@@ -60,10 +60,12 @@ def test_requests_are_counted_and_timed_by_route_and_status(start: Serve, chat: 
     assert count("/v1/models/{model:path}", "404") == 2
     assert count("unmatched", "404") == 3
     assert samples[names.REQUEST_SECONDS + "_count", (("route", CHAT),)] == 3
-    # 20 rounds of 10 ms; the first token comes with the first of them
-    assert samples[names.REQUEST_SECONDS + "_sum", (("route", CHAT),)] > 0.4
     assert samples[names.FIRST_TOKEN_SECONDS + "_count", ()] == 2
-    assert 0 < samples[names.FIRST_TOKEN_SECONDS + "_sum", ()] < 0.2
+    # 20 rounds of 10 ms each; the first token comes with the first of them
+    first = samples[names.FIRST_TOKEN_SECONDS + "_sum", ()]
+    whole = samples[names.REQUEST_SECONDS + "_sum", (("route", CHAT),)]
+    assert whole > 0.4
+    assert 0 < first < whole / 2
 
 
 def test_a_bug_counts_as_500(start: Serve, chat: dict[str, Any]) -> None:
