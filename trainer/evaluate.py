@@ -7,8 +7,9 @@ probability s_j = prod_{i<=j} min(1, q(x_i) / p(x_i)); the round then commits j 
 round starts at token t: r_first = 1, r_{t+j+1} += r_t (s_j - s_{j+1}); the expected rounds are sum_t r_t.
 Greedy is the case where each factor is 0 or 1.
 
-Approximation: p outside the K recorded candidates is known only as a mass; a committed token there is accepted
-with the bucket's min(1, q_tail / p_tail), which is never too low on average.
+Approximation: of a committed token outside the K recorded candidates only the bucket's mass is known.  If
+probabilities fall exponentially with rank from the K-th, p_K, then the p(x) of a token drawn from the tail is uniform
+on (0, p_K), and it is accepted with E min(1, q / p) = (q / p_K)(1 + log(p_K / q)) for q < p_K, else 1.
 """
 
 from __future__ import annotations
@@ -128,31 +129,26 @@ def _accepted(drafter: Drafter, logits: Tensor, about: Lesson, step: int, sampli
     if sampling.temperature == 0:
         return (drafter.draft_ids[logits.argmax(1)] == committed).float()
     rows = torch.from_numpy(about.committed.rows[:, step])
-    ids, p, p_tail = _filtered(about.top_ids[rows], about.top_logprobs[rows].exp(), about.tail[rows], sampling)
     q = distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-    row = drafter.draft_row
-    q_top = _at(q, row[ids])
-    found = ids == committed[:, None]
-    q_tail = (1 - q_top.sum(1)).clamp(min=0)
-    inside = found.any(1)
-    p_x = torch.where(inside, (p * found).sum(1), p_tail)
-    q_x = torch.where(inside, (q_top * found).sum(1), q_tail)
-    return (q_x / p_x.clamp(min=torch.finfo(p_x.dtype).tiny)).clamp(max=1) * (rows >= 0)
+    proposed_by = drafter.draft_row[committed]
+    q_x = q.gather(1, proposed_by.clamp(min=0)[:, None])[:, 0].masked_fill(proposed_by < 0, 0)
+    found = about.top_ids[rows] == committed[:, None]
+    recorded = about.top_logprobs[rows].exp()
+    p = _filtered(recorded, about.tail[rows], sampling)
+    tiny = torch.finfo(p.dtype).tiny
+    ratio = (q_x / (p * found).sum(1).clamp(min=tiny)).clamp(max=1)
+    bound = (q_x / recorded[:, -1].clamp(min=tiny)).clamp(min=tiny, max=1)
+    return torch.where(found.any(1), ratio, bound * (1 - bound.log())) * (rows >= 0)
 
 
-def _at(q: Tensor, rows: Tensor) -> Tensor:
-    return q.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, 0)
-
-
-def _filtered(ids: Tensor, p: Tensor, tail: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """The recorded distributions after top-k, then top-p, as the request drew from them."""
+def _filtered(p: Tensor, tail: Tensor, sampling: Sampling) -> Tensor:
+    """f[C, K] recorded probabilities after top-k, then top-p, as the request drew from them."""
     if sampling.top_k > 0:
         p = p.masked_fill(torch.arange(p.shape[1]) >= sampling.top_k, 0)
         tail = tail * (sampling.top_k > p.shape[1])
     if sampling.top_p < 1:
-        mass = (p.sum(1) + tail)[:, None]
+        limit = sampling.top_p * (p.sum(1) + tail)
         before = p.cumsum(1) - p
-        tail = tail.masked_fill(p.sum(1) >= sampling.top_p * mass[:, 0], 0)
-        p = p.masked_fill(before >= sampling.top_p * mass, 0)
-    mass = (p.sum(1) + tail).clamp(min=torch.finfo(p.dtype).tiny)
-    return ids, p / mass[:, None], tail / mass
+        tail = tail.masked_fill(p.sum(1) >= limit, 0)
+        p = p.masked_fill(before >= limit[:, None], 0)
+    return p / (p.sum(1) + tail).clamp(min=torch.finfo(p.dtype).tiny)[:, None]

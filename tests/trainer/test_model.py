@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,6 @@ def test_feature_layers(layers: int, expected: tuple[int, int, int]) -> None:
 def test_a_sharded_untied_target(target: Target, tmp_path: Path) -> None:
     head = torch.randn(40, 16)
     config = (target.config | {"tie_word_embeddings": False, "rope_theta": 5e5}) | {"rope_parameters": None}
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(config))
     parts = {
         "a.safetensors": {"model.embed_tokens.weight": target.embedding.bfloat16()},

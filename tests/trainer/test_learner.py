@@ -1,0 +1,94 @@
+"""Admission, lockstep and staleness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from livedraft.contracts.messages import DeadLetter, Delivery, Features, Trace
+from livedraft.contracts.settings import Trainer
+from livedraft.trainer.learner import Learner, TargetId
+from livedraft.trainer.model import Drafter
+
+TraceMaker = Callable[..., Trace]
+TARGET = TargetId(target="tiny", target_revision="r", tokenizer_hash="h")
+
+
+def learner(drafter: Drafter, held_out: float = 0.0, **changes: object) -> Learner:
+    options: dict[str, object] = {"batch_traces": 2, "unroll": 3, "replay_traces": 8, "precision": "float32"}
+    return Learner(drafter, TARGET, Trainer(**(options | changes)), held_out=held_out)  # type: ignore[arg-type]
+
+
+def deliver(to: Learner, *items: Trace | DeadLetter) -> list[str]:
+    first = to.offsets.get("0", 0)
+    return [to.admit(Delivery(partition="0", offset=first + i, item=item)) for i, item in enumerate(items)]
+
+
+def test_each_delivery_is_judged_counted_and_passed(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter)
+    verdicts = deliver(
+        found,
+        random_trace(1),
+        random_trace(1),
+        random_trace(2, target_revision="other"),
+        random_trace(3, features=Features(mode="recompute")),
+        random_trace(4, consent=False),
+        DeadLetter(offset=5, reason="torn"),
+    )
+    assert verdicts == ["admitted", "duplicate", "other target", "nothing to learn", "no consent", "dead letter"]
+    assert found.counts == dict.fromkeys(verdicts, 1)
+    assert found.offsets == {"0": 6}
+
+
+def test_held_out_requests_are_never_learned(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, held_out=1.0)
+    assert set(deliver(found, *(random_trace(n) for n in range(5)))) == {"held out"}
+    assert not found.can_learn
+
+
+def test_it_sleeps_when_everything_is_used_up(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, max_uses=3)
+    deliver(found, *(random_trace(n) for n in range(4)))
+    while found.can_learn:
+        found.step()
+    assert found.steps == 4 * 3 // 2
+    deliver(found, random_trace(7), random_trace(8))
+    assert found.can_learn
+
+
+def test_in_lockstep_steps_follow_records(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, steps_per_trace=0.5)
+    steps = []
+    for n in range(8):
+        assert found.appetite == 1
+        deliver(found, random_trace(n))
+        while found.can_learn:
+            assert found.appetite == 0
+            found.step()
+        steps.append(found.steps)
+    assert steps == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_long_traces_show_different_windows(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, window=12, max_uses=20, batch_traces=1)
+    deliver(found, random_trace(1, tokens=60))
+    counts = {found.step().tokens for _ in range(10)}
+    assert max(counts) <= 12
+    assert min(counts) > 0
+
+
+def test_rejections_of_old_drafters_are_dropped(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, discard=0.1, max_version_lag=2)
+    deliver(found, *(random_trace(n, drafters=(str(n),)) for n in range(5)))
+    assert found._stale == {"0", "1", "2"}
+
+
+def test_the_step_moves_every_tensor_that_can_learn(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter)
+    deliver(found, random_trace(1), random_trace(2))
+    before = {name: p.detach().clone() for name, p in drafter.named_parameters()}
+    step = found.step()
+    assert step.tokens > 0
+    assert step.accept_length >= 1
+    for name, parameter in drafter.named_parameters():
+        assert not torch.equal(before[name], parameter), name

@@ -1,0 +1,224 @@
+"""The learner: everything that a trace can change, as one thing that a checkpoint can hold.
+
+Given its state and the deliveries that follow, what it becomes is determined: no clock, and one generator of
+random choices whose state is part of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from livedraft.contracts.messages import Delivery, Offsets, Record, Trace
+from livedraft.contracts.settings import Trainer as Settings
+from livedraft.traces.admission import held_out
+from livedraft.trainer.batch import pack
+from livedraft.trainer.evaluate import can_score
+from livedraft.trainer.lesson import Lesson, lesson
+from livedraft.trainer.model import Drafter
+from livedraft.trainer.objective import Objective, loss
+from livedraft.trainer.replay import Replay, ReplayState
+from torch import Tensor
+
+#: Trace ids remembered for deduplication: at-least-once delivery repeats what is recent.
+_DEDUPE = 1 << 16
+
+
+class TargetId(Record, frozen=True, kw_only=True):
+    """The target that traces must come from and drafters are made for."""
+
+    target: str
+    target_revision: str
+    tokenizer_hash: str
+
+
+class LearnerState(Record, frozen=True, kw_only=True):
+    """A learner without its tensors and traces."""
+
+    offsets: Offsets
+    steps: int
+    tokens: int
+    owed: float
+    #: Deliveries by what became of them.
+    counts: dict[str, int]
+    known: tuple[str, ...]
+    #: Drafter versions in the order in which traces first named them.
+    versions: tuple[str, ...]
+    replay: ReplayState
+    #: Python's Mersenne Twister.
+    random: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step measured."""
+
+    loss: float
+    #: Of the batch, from the overlap of drafter and target at each depth.
+    accept_length: float
+    tokens: int
+    excluded: float
+
+
+class Learner:
+    """Admits deliveries, learns from them, knows how far it has read.
+
+    for delivery in source.poll(limit=learner.appetite):
+        learner.admit(delivery)
+    while learner.can_learn:
+        learner.step()
+    """
+
+    def __init__(self, drafter: Drafter, target: TargetId, settings: Settings, *, held_out: float = 0.0) -> None:
+        self.drafter = drafter
+        self.target = target
+        self.offsets: Offsets = {}
+        self.steps = 0
+        self.tokens = 0
+        self.counts: dict[str, int] = {}
+        self._settings = settings
+        self._held_out = held_out
+        self._owed = 0.0
+        self._known: OrderedDict[str, None] = OrderedDict()
+        self._versions: dict[str, None] = {}
+        self._random = random.Random(settings.seed)
+        self._replay = Replay(
+            capacity=settings.replay_traces,
+            max_uses=settings.max_uses,
+            fresh_share=settings.fresh_share,
+            rehearse_share=settings.rehearse_share,
+        )
+        self._optimizer = torch.optim.AdamW(
+            drafter.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        self._objective = Objective(
+            unroll=settings.unroll,
+            decay=settings.decay,
+            discard=settings.discard,
+            low_precision=settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16()),
+        )
+
+    @property
+    def appetite(self) -> int:
+        """Deliveries wanted now: in lockstep one at a time, and none while steps are owed for the last."""
+        if not self._settings.steps_per_trace:
+            return 256
+        return 0 if self.can_learn else 1
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether there is a batch that has not been used up."""
+        paid = not self._settings.steps_per_trace or self._owed >= 1
+        return paid and self._replay.can_sample(self._settings.batch_traces)
+
+    def admit(self, delivery: Delivery) -> str:
+        """Take a delivery; returns what became of it ("admitted", or why not), which is also counted."""
+        self.offsets[delivery.partition] = delivery.offset + 1
+        verdict = self._verdict(delivery)
+        self.counts[verdict] = self.counts.get(verdict, 0) + 1
+        if verdict == "admitted" and isinstance(delivery.item, Trace):
+            self._replay.add(delivery.item, self._random)
+            self._owed += self._settings.steps_per_trace
+        return verdict
+
+    def step(self) -> Step:
+        """One optimiser step on a batch from replay.  Call only while ``can_learn``."""
+        settings = self._settings
+        traces = self._replay.sample(settings.batch_traces, self._random)
+        batch = pack(
+            [self._lesson(trace) for trace in traces], self.drafter.draft_row, hard_greedy=settings.hard_greedy
+        )
+        found = loss(self.drafter, batch, self._objective)
+        self._optimizer.zero_grad()
+        torch.autograd.backward(found.total)
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), settings.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (self.steps + 1) / max(settings.warmup_steps, 1))
+        self._optimizer.step()
+        self._owed = max(self._owed - 1, 0.0)
+        self.steps += 1
+        self.tokens += batch.tokens
+        return Step(float(found.total.detach()), found.accept_length, batch.tokens, batch.excluded)
+
+    def state(self) -> tuple[LearnerState, dict[str, Tensor], list[Trace]]:
+        """Everything: the plain part, weights and optimiser moments by name, the traces in replay."""
+        tensors = {f"drafter/{name}": t for name, t in self.drafter.state_dict().items()}
+        for name, parameter in self.drafter.named_parameters():
+            for moment, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{moment}/{name}"] = value
+        plain = LearnerState(
+            offsets=dict(self.offsets),
+            steps=self.steps,
+            tokens=self.tokens,
+            owed=self._owed,
+            counts=dict(self.counts),
+            known=tuple(self._known),
+            versions=tuple(self._versions),
+            replay=self._replay.state(),
+            random=self._random.getstate()[1],
+        )
+        return plain, tensors, list(self._replay)
+
+    def restore(self, plain: LearnerState, tensors: dict[str, Tensor], traces: dict[str, Trace]) -> None:
+        """Become what ``state`` was taken of."""
+        self.drafter.load_state_dict(
+            {name.removeprefix("drafter/"): t for name, t in tensors.items() if name.startswith("drafter/")}
+        )
+        for name, parameter in self.drafter.named_parameters():
+            moments = {m: tensors.get(f"optimizer/{m}/{name}") for m in ("step", "exp_avg", "exp_avg_sq")}
+            if moments["step"] is not None:
+                self._optimizer.state[parameter] = moments
+        self.offsets = dict(plain.offsets)
+        self.steps, self.tokens, self._owed = plain.steps, plain.tokens, plain.owed
+        self.counts = dict(plain.counts)
+        self._known = OrderedDict.fromkeys(plain.known)
+        self._versions = dict.fromkeys(plain.versions)
+        self._replay.restore(plain.replay, traces)
+        self._random.setstate((3, plain.random, None))
+
+    def _verdict(self, delivery: Delivery) -> str:
+        trace = delivery.item
+        if not isinstance(trace, Trace):
+            return "dead letter"
+        if held_out(trace.request_id, self._held_out):
+            return "held out"
+        if trace.trace_id in self._known:
+            return "duplicate"
+        self._known[trace.trace_id] = None
+        if len(self._known) > _DEDUPE:
+            self._known.popitem(last=False)
+        if not trace.consent:
+            return "no consent"
+        if self.target != TargetId(
+            target=trace.target, target_revision=trace.target_revision, tokenizer_hash=trace.tokenizer_hash
+        ):
+            return "other target"
+        if not can_score(trace, 3 * self.drafter.config.hidden_size):
+            return "nothing to learn"
+        self._versions |= dict.fromkeys(trace.drafters)
+        return "admitted"
+
+    def _lesson(self, trace: Trace) -> Lesson:
+        settings = self._settings
+        length = trace.prompt.shape[0] + trace.output.shape[0]
+        start = 0
+        if (over := length - 1 - settings.window) > 0:
+            # A longer trace shows another part each time; half a window of prompt at most.
+            start = self._random.randint(min(max(trace.prompt.shape[0] - settings.window // 2, 0), over), over)
+        stale = self._stale if settings.discard else None
+        return lesson(trace, settings.unroll, start=start, window=settings.window, stale=stale)
+
+    @property
+    def _stale(self) -> set[str]:
+        versions = list(self._versions)
+        return set(versions[: max(len(versions) - self._settings.max_version_lag, 0)])
+
+
+def _fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 natively."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

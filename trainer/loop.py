@@ -1,0 +1,151 @@
+"""The learning process: read, learn, publish, checkpoint, until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+from livedraft.contracts.messages import Offsets, Record
+from livedraft.contracts.ports import Registry, TraceSource
+from livedraft.contracts.settings import Trainer as Settings
+from livedraft.trainer.checkpoint import Checkpoints
+from livedraft.trainer.learner import Learner, Step
+from livedraft.trainer.publish import Publisher
+
+
+class Progress(Record, frozen=True, kw_only=True):
+    """``progress.json``: what the trainer is doing, for ``livedraft status``."""
+
+    steps: int
+    tokens: int
+    #: Of the last step.
+    loss: float | None
+    accept_length: float | None
+    #: Supervised positions per second of this start, waiting included.
+    tokens_per_s: float
+    offsets: Offsets
+    #: Deliveries by what became of them.
+    counts: dict[str, int]
+    lag: int
+    #: Version published last.
+    published: str | None
+    at: float
+
+
+def run(
+    learner: Learner,
+    source: TraceSource,
+    registry: Registry,
+    settings: Settings,
+    stop: threading.Event,
+    *,
+    parent: str | None = None,
+    until_drained: bool = False,
+) -> None:
+    """Learn from ``source`` until ``stop`` is set; then checkpoint and return.
+
+    ``parent`` is the registry version that ``learner`` starts from.  ``until_drained`` also returns once the
+    stream has nothing more and all of it is learned.  Lowers this process's priority and sets its threads.
+    """
+    _lower_priority(settings)
+    folder = Path(settings.folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.load(learner)
+    source.seek(learner.offsets)
+    publisher = Publisher(registry, folder / "candidates", parent=parent)
+    report = _Report(folder / "progress.json", learner, source, publisher)
+    publish_due = _Every(settings.publish_every_s)
+    checkpoint_due = _Every(settings.checkpoint_every_s)
+    published_at = learner.steps
+    while not stop.is_set():
+        heard = _hear(learner, source)
+        if learner.can_learn:
+            report.last = learner.step()
+        elif until_drained and not heard and not source.lag():
+            break
+        if learner.steps > published_at and publish_due():
+            publisher.offer(learner, report.metrics)
+            published_at = learner.steps
+        if checkpoint_due():
+            checkpoints.save(learner)
+            source.commit(learner.offsets)
+        report()
+    checkpoints.save(learner)
+    source.commit(learner.offsets)
+    if learner.steps > published_at:
+        publisher.offer(learner, report.metrics)
+    publisher.close()
+    report(now=True)
+
+
+def _hear(learner: Learner, source: TraceSource) -> bool:
+    """Admit what has arrived, waiting for it only when there is nothing to learn."""
+    if not learner.appetite:
+        return True
+    deliveries = source.poll(timeout=0.0 if learner.can_learn else 0.5, limit=learner.appetite)
+    for delivery in deliveries:
+        learner.admit(delivery)
+    return bool(deliveries)
+
+
+class _Every:
+    """True at most once per ``seconds``."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._last = clock()
+
+    def __call__(self) -> bool:
+        due = self._clock() - self._last >= self._seconds
+        if due:
+            self._last = self._clock()
+        return due
+
+
+class _Report:
+    def __init__(self, path: Path, learner: Learner, source: TraceSource, publisher: Publisher) -> None:
+        self._path, self._learner, self._source, self._publisher = path, learner, source, publisher
+        self._due = _Every(1.0)
+        self._start, self._tokens = time.monotonic(), learner.tokens
+        self.last: Step | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What goes with a candidate into the registry."""
+        found = {"steps": float(self._learner.steps), "tokens_trained": float(self._learner.tokens)}
+        if self.last:
+            found |= {"loss": self.last.loss, "train_accept_length": self.last.accept_length}
+        return found
+
+    def __call__(self, *, now: bool = False) -> None:
+        if not (now or self._due()):
+            return
+        learner, last = self._learner, self.last
+        progress = Progress(
+            steps=learner.steps,
+            tokens=learner.tokens,
+            loss=last.loss if last else None,
+            accept_length=last.accept_length if last else None,
+            tokens_per_s=(learner.tokens - self._tokens) / max(time.monotonic() - self._start, 1e-9),
+            offsets=learner.offsets,
+            counts=learner.counts,
+            lag=self._source.lag(),
+            published=self._publisher.latest,
+            at=time.time(),
+        )
+        half = self._path.with_suffix(".half")
+        half.write_bytes(msgspec.json.encode(progress))
+        half.replace(self._path)
+
+
+def _lower_priority(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    # Only root may raise a priority again; a process that is already nicer stays so.
+    with contextlib.suppress(OSError):
+        os.nice(max(settings.nice - os.nice(0), 0))

@@ -1,0 +1,127 @@
+"""What is trained on next: new traces first, recent ones again, and now and then one from long memory.
+
+Second and later passes over recent traces bring most of what there is to gain; a reservoir over everything ever
+seen, stratified by domain, keeps a new domain from erasing the old.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from livedraft.contracts.messages import Record, Trace
+
+
+class ReplayState(Record, frozen=True, kw_only=True):
+    """A ``Replay`` without its traces: trace ids in order."""
+
+    #: (trace id, uses) of recent traces, oldest first.
+    recent: tuple[tuple[str, int], ...]
+    memory: dict[str, tuple[str, ...]]
+    #: Traces ever offered to memory, by domain.
+    offered: dict[str, int]
+    unused: int
+
+
+@dataclass
+class _Recent:
+    trace: Trace
+    uses: int = 0
+
+
+class Replay:
+    """Recent traces, each used at most ``max_uses`` times, and a reservoir of those that left.
+
+    ``capacity`` bounds all traces; half of it is memory, shared equally by domains.  Rehearsals from memory do
+    not count as uses, but happen only along with recent traces.  Random choices are the caller's generator's.
+    """
+
+    def __init__(self, *, capacity: int, max_uses: int, fresh_share: float, rehearse_share: float) -> None:
+        self._room = math.ceil(capacity / 2)
+        self._memory_room = capacity - self._room
+        self._max_uses = max_uses
+        self._fresh_share = fresh_share
+        self._rehearse_share = rehearse_share
+        self._recent: deque[_Recent] = deque()
+        self._memory: dict[str, list[Trace]] = {}
+        self._offered: dict[str, int] = {}
+        #: Traces that left without ever being trained on: traffic outran the trainer.
+        self.unused = 0
+
+    def __iter__(self) -> Iterator[Trace]:
+        yield from (kept.trace for kept in self._recent)
+        for traces in self._memory.values():
+            yield from traces
+
+    def add(self, trace: Trace, rng: random.Random) -> None:
+        """Take a new trace; the oldest recent one may move to memory."""
+        self._recent.append(_Recent(trace))
+        if len(self._recent) > self._room:
+            leaving = self._recent.popleft()
+            self.unused += leaving.uses == 0
+            self._remember(leaving.trace, rng)
+
+    def can_sample(self, size: int) -> bool:
+        """Whether a batch of ``size`` can be drawn."""
+        return len(self._usable()) >= size - self._rehearsals(size)
+
+    def sample(self, size: int, rng: random.Random) -> list[Trace]:
+        """A batch of ``size`` traces, no recent one twice.  Call only while ``can_sample(size)``.
+
+        At most ``fresh_share`` of it is new while used ones are left to fill the rest, least used first.
+        """
+        rehearsed = self._rehearse(self._rehearsals(size), rng)
+        usable = self._usable()
+        new = [kept for kept in usable if kept.uses == 0]
+        # Shuffled before a stable sort: ties break at random.
+        used = [kept for kept in usable if kept.uses]
+        rng.shuffle(used)
+        used.sort(key=lambda kept: kept.uses)
+        wanted = size - len(rehearsed)
+        fresh = max(math.ceil(size * self._fresh_share), wanted - len(used))
+        chosen = (new[:fresh] + used)[:wanted]
+        for kept in chosen:
+            kept.uses += 1
+        return [kept.trace for kept in chosen] + rehearsed
+
+    def state(self) -> ReplayState:
+        """What ``restore`` needs beside the traces."""
+        return ReplayState(
+            recent=tuple((kept.trace.trace_id, kept.uses) for kept in self._recent),
+            memory={domain: tuple(t.trace_id for t in traces) for domain, traces in self._memory.items()},
+            offered=dict(self._offered),
+            unused=self.unused,
+        )
+
+    def restore(self, state: ReplayState, traces: Mapping[str, Trace]) -> None:
+        """Become what ``state`` was taken of.  Raises KeyError when a trace is missing."""
+        self._recent = deque(_Recent(traces[name], uses) for name, uses in state.recent)
+        self._memory = {domain: [traces[name] for name in names] for domain, names in state.memory.items()}
+        self._offered = dict(state.offered)
+        self.unused = state.unused
+
+    def _usable(self) -> list[_Recent]:
+        return [kept for kept in self._recent if kept.uses < self._max_uses]
+
+    def _rehearsals(self, size: int) -> int:
+        return min(int(size * self._rehearse_share), sum(map(len, self._memory.values())))
+
+    def _rehearse(self, count: int, rng: random.Random) -> list[Trace]:
+        domains = [domain for domain, traces in self._memory.items() if traces]
+        return [rng.choice(self._memory[rng.choice(domains)]) for _ in range(count)]
+
+    def _remember(self, trace: Trace, rng: random.Random) -> None:
+        """Reservoir sampling (Vitter 1985, algorithm R) within the trace's domain."""
+        traces = self._memory.setdefault(trace.domain, [])
+        self._offered[trace.domain] = seen = self._offered.get(trace.domain, 0) + 1
+        room = self._memory_room // len(self._memory)
+        for crowded in self._memory.values():
+            while len(crowded) > room:
+                crowded.pop(rng.randrange(len(crowded)))
+        if len(traces) < room:
+            traces.append(trace)
+        elif room and (place := rng.randrange(seen)) < room:
+            traces[place] = trace
