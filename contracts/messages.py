@@ -84,7 +84,8 @@ class Delta(Record, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     #: Set with finish_reason "error".
     error: str | None = None
-    #: Output tokens so far and target forward passes that yielded them: accept length = output_tokens / rounds.
+    #: Output tokens so far, and verify rounds.  The prefill yields the first token, each round those it commits:
+    #: accept length = (output_tokens - 1) / rounds.
     output_tokens: int = 0
     rounds: int = 0
     #: Version of the drafter that proposed in the latest round ("" while not speculating).

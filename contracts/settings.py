@@ -46,6 +46,8 @@ class Engine(_Section, frozen=True, kw_only=True):
     capture_topk: int = 32
     #: Rows of the drafter's lm_head: the most frequent tokens; 0 keeps the whole vocabulary.
     draft_vocab: int = 0
+    #: Width of a new drafter's MLP; 0 takes the target's.
+    draft_intermediate: int = 0
 
 
 class Gateway(_Section, frozen=True, kw_only=True):

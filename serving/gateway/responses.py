@@ -153,13 +153,14 @@ def usage(prompt_tokens: int, choices: Iterable[Choice]) -> Json:
     """The usage block over all choices; ``accept_length`` is null before the first verify round."""
     last = [choice.last for choice in choices]
     output = sum(delta.output_tokens for delta in last)
+    committed = sum(max(0, delta.output_tokens - 1) for delta in last)  # the first token is the prefill's
     rounds = sum(delta.rounds for delta in last)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output,
         "total_tokens": prompt_tokens + output,
         "livedraft": {
-            "accept_length": output / rounds if rounds else None,
+            "accept_length": committed / rounds if rounds else None,
             "verify_rounds": rounds,
             "drafter_version": last[-1].drafter,
         },

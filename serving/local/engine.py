@@ -99,7 +99,7 @@ class LocalEngine:
         self._settings = settings
         self._text = Text(folder)
         self.target = Target(folder, slots=settings.max_running, context_length=settings.context_length)
-        self._name = settings.target if settings.target != "bundled" else "livedraft-tiny"
+        self._name = targets.name(settings.target)
         self._revision = targets.revision(folder)
         self._drafter: Drafter | None = None
         if drafter is not None:
@@ -158,7 +158,9 @@ class LocalEngine:
         return self._text.render(messages)
 
     def status(self) -> EngineStatus:
-        """A snapshot; counters are read without stopping the engine."""
+        """A snapshot; counters are read without stopping the engine.  Overloaded once its loop has failed."""
+        if self._fault:
+            raise Overloaded(self._fault)
         weights = self._drafter.weights if self._drafter else None
         return EngineStatus(
             engine=NAME,

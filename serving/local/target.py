@@ -73,6 +73,11 @@ def find(name: str) -> Path:
         ) from error
 
 
+def name(target: str) -> str:
+    """What the target of the setting ``engine.target`` is called: in ``/v1/models``, traces and manifests."""
+    return "livedraft-tiny" if target == "bundled" else target
+
+
 def revision(folder: Path) -> str:
     """First 16 hex digits of the sha256 over config and weight files: which target this is, whatever its path."""
     digest = hashlib.sha256()
@@ -203,7 +208,7 @@ class Target:
         """
         c = self.config
         x = self.embedding[tokens]
-        features = []
+        outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self._blocks):
             qkv = block.qkv(normalised(x, c.eps))
             if block.q_gain is not None and block.k_gain is not None:
@@ -212,8 +217,8 @@ class Target:
             gate, up = block.gate_up(normalised(x, c.eps)).chunk(2, -1)
             x = x.add_(block.down(F.silu(gate).mul_(up)))
             if i in c.feature_layers:
-                features.append(x)
-        states = torch.cat(features, -1)
+                outputs[i] = x
+        states = torch.cat([outputs[i] for i in c.feature_layers], -1)
         if rows is not None:
             x = x[rows]
         return self._head(normalised(x, c.eps)), states

@@ -1,0 +1,56 @@
+"""``livedraft bench``: ratios measured side by side in one run, as JSON with their provenance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from livedraft.cli.console import LivedraftGroup
+
+app = typer.Typer(cls=LivedraftGroup, no_args_is_help=True, help="Measure: every speed is a ratio from one run.")
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write one JSON object here; - is standard output.", show_default=False)
+]
+TargetOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the target.")]
+ThreadsOption = Annotated[int, typer.Option(help="torch threads, the same for every side.")]
+
+
+@app.command()
+def engine(
+    json: JsonOption = None, target: TargetOption = "bundled", threads: ThreadsOption = 1, repeats: int = 7
+) -> None:
+    """The local engine without speculation against transformers' generate, at batch 1 and 8.
+
+    Example: livedraft bench engine --json -
+    """
+    from livedraft.cli import bench_engine
+
+    bench_engine.engine(json, target, threads, repeats)
+
+
+@app.command()
+def capture(
+    json: JsonOption = None, target: TargetOption = "bundled", threads: ThreadsOption = 1, repeats: int = 30
+) -> None:
+    """What recording every verify round costs: the same requests with and without, interleaved.
+
+    Example: livedraft bench capture --json -
+    """
+    from livedraft.cli import bench_engine
+
+    bench_engine.capture(json, target, threads, repeats)
+
+
+@app.command()
+def swap(
+    json: JsonOption = None, target: TargetOption = "bundled", threads: ThreadsOption = 1, swaps: int = 50
+) -> None:
+    """Hot swaps under load: how many failed, and the longest a token waited for one.
+
+    Example: livedraft bench swap --json -
+    """
+    from livedraft.cli import bench_engine
+
+    bench_engine.swap(json, target, threads, swaps)

@@ -1,0 +1,178 @@
+"""The composition root: the only place that knows which adapter stands behind which port."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from livedraft.cli.wiring_registry import open_registry
+from livedraft.contracts.messages import DrafterVersion, Manifest, SwapRequest
+from livedraft.contracts.ports import Registry
+from livedraft.contracts.settings import Settings
+from livedraft.traces.admission import admit, held_out
+from livedraft.traces.urls import open_sink, open_source
+
+if TYPE_CHECKING:
+    from livedraft.serving.local.engine import LocalEngine
+
+#: Frozen drafter of day 0, beside the trainer's checkpoints.
+DAY_0 = "day0"
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; the handlers of before come back afterwards."""
+    stop = threading.Event()
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def gateway_url(settings: Settings) -> str:
+    """Where this machine reaches the gateway."""
+    host = settings.gateway.host
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{settings.gateway.port}"
+
+
+def day_0(settings: Settings) -> tuple[Path, str]:
+    """Folder and checksum of a drafter that knows nothing of the target but its head; made once."""
+    import torch
+    from livedraft.contracts import checkpoint
+    from livedraft.serving.local import target as targets
+    from livedraft.serving.local.text import Text
+    from livedraft.trainer.model import Drafter
+    from livedraft.trainer.target import fresh_config, read_target
+
+    folder = Path(settings.trainer.folder).resolve() / DAY_0
+    if not folder.exists():
+        place = targets.find(settings.engine.target)
+        target = read_target(place)
+        config = fresh_config(
+            target, intermediate_size=settings.engine.draft_intermediate, draft_vocab=settings.engine.draft_vocab
+        )
+        with torch.random.fork_rng():
+            drafter = Drafter.fresh(target, config, seed=settings.trainer.seed)
+        manifest = Manifest(
+            tensors={},
+            target=targets.name(settings.engine.target),
+            target_revision=targets.revision(place),
+            tokenizer_hash=Text(place).hash,
+        )
+        checkpoint.write(folder, config, drafter.to_arrays(), manifest)
+    return folder, checkpoint.checksum(checkpoint.verify(folder)[1].tensors)
+
+
+def live_drafter(settings: Settings, registry: Registry) -> tuple[Path, DrafterVersion]:
+    """Folder and version to serve with: what ``live`` points at, or the day-0 drafter, registered as the first."""
+    from livedraft.contracts import checkpoint
+
+    live = registry.resolve("live")
+    if live is None:
+        folder, _ = day_0(settings)
+        live = registry.publish(folder, checkpoint.verify(folder)[1], {})
+        registry.point("live", live.version)
+        return folder, live
+    return registry.fetch(live.version, Path(settings.swap.folder).resolve() / "versions"), live
+
+
+def build_engine(settings: Settings, drafter: Path | None, version: str) -> LocalEngine:
+    """The embedded engine, its traces going to the stream."""
+    from livedraft.serving.local.engine import LocalEngine
+
+    traces = settings.traces
+    rule = functools.partial(admit, opted_out=traces.opted_out, sample_rate=traces.sample_rate)
+    return LocalEngine(
+        settings.engine,
+        drafter=drafter,
+        drafter_version=version,
+        sink=open_sink(traces),
+        admit=lambda request: rule(request).captured,
+        buffer_bytes=traces.buffer_bytes,
+    )
+
+
+def serve(settings: Settings, drafter: Path, version: str) -> None:
+    """Gateway and embedded engine, until SIGTERM."""
+    import sys
+
+    from livedraft.serving.gateway.app import create_app
+    from livedraft.serving.gateway.server import serve as answer
+
+    # A stream of tokens must not wait for a thread that computes: hand the interpreter over sooner.
+    sys.setswitchinterval(0.0005)
+    engine = build_engine(settings, drafter, version)
+    answer(create_app(engine, settings.gateway, engine.name, opted_out=settings.traces.opted_out), settings.gateway)
+
+
+def train(settings: Settings, stop: threading.Event) -> None:
+    """The learning process, until ``stop``."""
+    from livedraft.serving.local import target as targets
+    from livedraft.serving.local.text import Text
+    from livedraft.trainer import loop
+    from livedraft.trainer.learner import Learner, TargetId
+    from livedraft.trainer.model import Drafter
+    from livedraft.trainer.target import read_target
+
+    place = targets.find(settings.engine.target)
+    registry = open_registry(settings.registry)
+    folder, live = live_drafter(settings, registry)
+    target = TargetId(
+        target=targets.name(settings.engine.target),
+        target_revision=targets.revision(place),
+        tokenizer_hash=Text(place).hash,
+    )
+    drafter = Drafter.from_checkpoint(folder, read_target(place).embedding)
+    learner = Learner(drafter, target, settings.trainer, held_out=settings.traces.held_out)
+    with contextlib.closing(open_source(settings.traces, "trainer")) as source:
+        loop.run(learner, source, registry, settings.trainer, stop, parent=live.version)
+
+
+def control(settings: Settings, stop: threading.Event) -> None:
+    """The swap controller, until ``stop``."""
+    import os
+
+    import torch
+    from livedraft.serving.local import target as targets
+    from livedraft.swap.controller import Controller
+    from livedraft.swap.engine_admin import HttpEngineAdmin
+    from livedraft.swap.evidence import Evidence
+    from livedraft.swap.gate import GateRules, RoundCost
+    from livedraft.swap.swapper import Swapper
+    from livedraft.trainer.evaluate import DraftReplay
+
+    # Replays are short but wide: above the trainer's priority, below serving's.
+    os.nice(5)
+    torch.set_num_threads(1)
+    swap = settings.swap
+    admin = HttpEngineAdmin(gateway_url(settings), settings.gateway.admin_key)
+    swapper = Swapper(open_registry(settings.registry), admin, Path(swap.folder))
+    rules = GateRules(
+        min_traces=swap.gate_min_traces,
+        bootstrap=swap.bootstrap,
+        confidence=swap.confidence,
+        cost=RoundCost(depth=settings.engine.draft_depth),
+        engine_can_stop=settings.engine.adaptive_depth,
+    )
+    replay = DraftReplay(targets.find(settings.engine.target), settings.engine.draft_depth)
+    with contextlib.closing(open_source(settings.traces, "controller")) as source:
+        evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
+        Controller(swapper, evidence, replay, swap, rules).run(stop)
+
+
+def swap_to(settings: Settings, folder: Path, version: str, checksum: str) -> None:
+    """Give the engine a folder directly, past registry and gate: for comparisons."""
+    from livedraft.swap.engine_admin import HttpEngineAdmin
+
+    admin = HttpEngineAdmin(gateway_url(settings), settings.gateway.admin_key)
+    admin.swap(SwapRequest(path=str(folder), version=version, checksum=checksum))
