@@ -53,8 +53,8 @@ def to_numpy(array: Array) -> NDArray[Any]:
         raise CorruptRecord(f"{describe(array)}: {len(array.data)} bytes do not fill this shape")
     try:
         return np.frombuffer(array.data, kind).reshape(array.shape)
-    except ValueError as error:  # more dimensions than numpy has
-        raise CorruptRecord(f"{len(array.shape)} dimensions: {error}") from error
+    except (ValueError, OverflowError) as error:  # more dimensions than numpy has, or 0 times a size past its limits
+        raise CorruptRecord(f"shape: {error}") from error
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:

@@ -69,7 +69,15 @@ def read_frame(file: int, at: int) -> Frame | None:
 
 
 def find_frame(file: int, at: int) -> Frame | None:
-    """The first whole frame at or after byte ``at``, found by its magic."""
+    """The first whole frame at or after byte ``at``, found by its magic.
+
+    Right also while the file grows: frames are written in order, so once one is whole all before it are, and a
+    second look finds those that were not yet when the first look passed them.
+    """
+    return _scan(file, at) and _scan(file, at)
+
+
+def _scan(file: int, at: int) -> Frame | None:
     while window := os.pread(file, _WINDOW, at):
         found = window.find(MAGIC)
         while found >= 0:

@@ -56,9 +56,9 @@ class SpoolReader:
             assert self._file is not None, "_enter and _advance open it"
             whole = read_frame(self._file, self._at)
             if whole is None:
-                # In this order: what was written before the next segment appeared is seen by the second look.
+                # In this order: what was written before the next segment appeared is seen by the search.
                 following = self._following()
-                whole = read_frame(self._file, self._at) or self._search()
+                whole = self._search()
                 if whole is None:
                     if following is None:
                         return None
@@ -127,7 +127,7 @@ class SpoolReader:
 
     def _open(self, base: int) -> bool:
         try:
-            file = os.open(segment_path(self._folder, base), os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(segment_path(self._folder, base), os.O_RDONLY)
         except FileNotFoundError:  # retention was quicker; the next look finds the oldest segment left
             return False
         self._release()

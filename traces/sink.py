@@ -28,7 +28,7 @@ class SinkCounters(Record, frozen=True, kw_only=True):
     offered: int
     written: int
     waiting: int
-    #: Reason -> traces: "full" (buffer), "disk", "redacted", "error" (ours), "closed".
+    #: Reason -> traces: "full" (buffer), "consent", "redacted", "disk", "error" (ours), "closed".
     dropped: dict[str, int]
     #: Bytes written, before framing; and bytes of tensors that wait.
     written_bytes: int
@@ -153,6 +153,8 @@ class SpoolSink:
 
     def _process(self, trace: Trace) -> str | None:
         """Write one trace; the reason when it was dropped."""
+        if not trace.consent:
+            return "consent"
         if time.monotonic() < self._retry_at:
             return "disk"
         try:
@@ -177,6 +179,9 @@ class SpoolSink:
         assert self._writer is not None
         self._writer.append(messages)
         self._written_bytes += sum(map(len, messages))
+        if self._retry_at:
+            log.warning("traces are written again")
+            self._retry_at = 0.0
 
     def _open(self) -> None:
         self._writer = self._open_writer()
@@ -188,9 +193,6 @@ class SpoolSink:
         except (OSError, TraceError) as error:
             self._refused(error)
             return False
-        if self._retry_at:
-            log.warning("traces are written again")
-            self._retry_at = 0.0
         return True
 
     def _refused(self, error: Exception) -> None:

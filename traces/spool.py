@@ -194,7 +194,7 @@ class SpoolWriter:
         if self._fsync != "never":
             self.sync()
         path = segment_path(self.folder, self.next_offset)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if self._file is not None:
             os.close(self._file)
         self._file, self._end, self._dirty, self._torn = file, 0, False, False
@@ -204,7 +204,7 @@ class SpoolWriter:
 
     def _recover(self, base: int) -> None:
         path = segment_path(self.folder, base)
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND)
         self.next_offset = base
         while whole := read_frame(self._file, self._end) or find_frame(self._file, self._end):
             self._end, self.next_offset = whole.end, whole.offset + 1
@@ -222,7 +222,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         # flock, not lockf: it also keeps out a second writer of the same process.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

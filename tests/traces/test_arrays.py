@@ -45,6 +45,7 @@ def test_floats_do_not_become_integers() -> None:
         Array(dtype="i4", shape=(-1,), data=b"1234"),
         Array(dtype="i4", shape=(-1, -1), data=b"1234"),
         Array(dtype="u1", shape=(1,) * 70, data=b"1"),
+        Array(dtype="i4", shape=(0, 1 << 64), data=b""),
     ],
 )
 def test_bytes_that_do_not_fill_the_shape_are_refused(array: Array) -> None:

@@ -80,6 +80,22 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
     ]
 
 
+def test_a_reader_keeps_up_with_a_writer_in_another_process(tmp_path: Path) -> None:
+    reader, got = SpoolReader(tmp_path), list[object]()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), "0"], stdout=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 60
+        while len(got) < 400 and time.monotonic() < deadline:
+            if record := reader.read():
+                got.append(record.payload[:20] if isinstance(record, Frame) else record)
+        child.kill()
+    assert len(got) == 400
+    for n, start in enumerate(got):
+        assert isinstance(start, bytes), start
+        assert start.startswith(b"%d " % n)
+    assert len(segment_bases(tmp_path)) > 3
+    assert reader.skipped == reader.rewound == 0
+
+
 def test_a_killed_consumer_keeps_an_offset_it_committed_or_the_next(tmp_path: Path) -> None:
     chance, last = random.Random(0), 0
     for _ in range(8):

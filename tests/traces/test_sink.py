@@ -68,18 +68,22 @@ def test_every_trace_taken_is_written_by_the_time_close_returns(tmp_path: Path, 
     assert 0 < counters.written_bytes < sum(path.stat().st_size for path in tmp_path.glob("*.seg"))
 
 
-def test_a_full_disk_costs_traces_and_no_errors_and_comes_back(tmp_path: Path, make_trace: Any) -> None:
+def test_a_full_disk_costs_traces_and_no_errors_and_comes_back(
+    tmp_path: Path, make_trace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     disk = FailingDisk()
     sink = SpoolSink(lambda: SpoolWriter(tmp_path, disk=disk), retry_s=0.05)
     for seed in range(5):
         assert sink.offer(make_trace(seed))
     eventually(lambda: sink.counters().waiting == 0)
     assert sink.counters().dropped == {"disk": 5}
+    assert "written again" not in caplog.text
     disk.full = False
     time.sleep(0.1)
     sink.offer(make_trace(9))
     sink.close()
     assert sink.counters().written == 1
+    assert "written again" in caplog.text
     assert read_ids(tmp_path) == ["t9"]
 
 
@@ -175,6 +179,15 @@ def test_a_second_sink_on_a_spool_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_message_limit_too_small_to_work_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"traces\.message_bytes is 100, expected at least 1024"):
         SpoolSink(lambda: SpoolWriter(tmp_path), message_bytes=100)
+
+
+def test_a_trace_without_consent_is_never_written(tmp_path: Path, make_trace: Any) -> None:
+    sink = SpoolSink(lambda: SpoolWriter(tmp_path))
+    sink.offer(make_trace(1, consent=False))
+    sink.offer(make_trace(2))
+    sink.close()
+    assert sink.counters().dropped == {"consent": 1}
+    assert read_ids(tmp_path) == ["t2"]
 
 
 def test_private_traces_are_dropped_and_counted(tmp_path: Path, make_trace: Any) -> None:

@@ -90,7 +90,9 @@ def test_a_second_writer_in_another_process_is_refused(tmp_path: Path) -> None:
 
 def test_the_oldest_segments_go_first_and_the_gap_is_counted(tmp_path: Path) -> None:
     messages = fill(tmp_path, 100, segment_bytes=200, retain_bytes=1000)
-    assert sum(path.stat().st_size for path in segments(tmp_path)) <= 1000
+    sizes = [path.stat().st_size for path in segments(tmp_path)]
+    assert sum(sizes) <= 1000
+    assert max(sizes) <= 200
     oldest = segment_bases(tmp_path)[0]
     reader = SpoolReader(tmp_path, 7)
     assert reader.lag() == 100 - oldest
@@ -222,6 +224,17 @@ def test_an_offset_past_the_end_goes_back_to_it(tmp_path: Path) -> None:
     assert reader.rewound == 7
 
 
+def test_version_1_of_the_files_is_read_and_written_for_ever(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "spool_v1.seg"
+    path = segment_path(tmp_path, 41)
+    path.write_bytes(golden.read_bytes())
+    assert payloads(tmp_path, 41) == [b"one", b"", bytes(range(256))]
+    path.write_bytes(b"")
+    with SpoolWriter(tmp_path) as spool:
+        spool.append([b"one", b"", bytes(range(256))])
+    assert path.read_bytes() == golden.read_bytes()
+
+
 class FullDisk(RealDisk):
     """Has room for ``room`` bytes, then refuses."""
 
@@ -240,6 +253,17 @@ class FullDisk(RealDisk):
         self.synced += 1
 
 
+class StubbornDisk(FullDisk):
+    """Does not cut a file while ``stubborn``."""
+
+    stubborn = True
+
+    def truncate(self, file: int, length: int, /) -> None:
+        if self.stubborn:
+            raise OSError(5, "Input/output error")
+        super().truncate(file, length)
+
+
 @pytest.mark.parametrize("room", range(0, 100, 3))
 def test_a_full_disk_leaves_the_log_sound_and_offsets_true(tmp_path: Path, room: int) -> None:
     disk = FullDisk(room)
@@ -254,6 +278,17 @@ def test_a_full_disk_leaves_the_log_sound_and_offsets_true(tmp_path: Path, room:
         assert spool.stored_bytes == segments(tmp_path)[0].stat().st_size
     assert [r.payload for r in read_all(reader) if isinstance(r, Frame)] == [b"d"]
     assert payloads(tmp_path) == [*seen, b"d"]
+
+
+def test_a_torn_frame_that_the_disk_would_not_cut_off_is_cut_off_later(tmp_path: Path) -> None:
+    disk = StubbornDisk(room=10)
+    with SpoolWriter(tmp_path, disk=disk) as spool:
+        with pytest.raises(OSError, match="Input/output"):
+            spool.append([b"lost"])
+        assert segments(tmp_path)[0].stat().st_size == 10
+        disk.room, disk.stubborn = 1000, False
+        assert spool.append([b"kept"]) == 0
+    assert payloads(tmp_path) == [b"kept"]
 
 
 @pytest.mark.parametrize(("fsync", "synced"), [("always", 4), ("interval", 1), ("never", 0)])
