@@ -101,7 +101,7 @@ class Trainer(_Section, frozen=True, kw_only=True):
     clip: float = 0.5
     #: Steps over which the learning rate rises to its constant value.
     warmup_steps: int = 10
-    #: Of the head's products: "auto" takes bfloat16 where the processor multiplies it natively.
+    #: Of matrix products (weights stay float32): "auto" takes bfloat16 where the processor multiplies it natively.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Depth of the unroll on the drafter's own outputs; at least the serving depth.
     unroll: int = 5

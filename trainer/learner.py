@@ -90,6 +90,8 @@ class Learner:
             fresh_share=settings.fresh_share,
             rehearse_share=settings.rehearse_share,
         )
+        low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16())
+        drafter.low_precision = low_precision
         self._optimizer = torch.optim.AdamW(
             drafter.parameters(),
             lr=settings.learning_rate,
@@ -100,7 +102,7 @@ class Learner:
             unroll=settings.unroll,
             decay=settings.decay,
             discard=settings.discard,
-            low_precision=settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16()),
+            low_precision=low_precision,
         )
 
     @property

@@ -49,10 +49,9 @@ class _SwiGLU(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, -1)
-        down: Tensor = self.down_proj(F.silu(gate) * up)
-        return down
+    def forward(self, x: Tensor, low: bool) -> Tensor:
+        gate, up = _linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]), low).chunk(2, -1)
+        return _linear(F.silu(gate) * up, self.down_proj.weight, low)
 
 
 class _Layer(nn.Module):
@@ -80,6 +79,8 @@ class Drafter(nn.Module):
     def __init__(self, config: DrafterConfig, embedding: Tensor) -> None:
         super().__init__()
         self.config = config
+        #: Whether the matrix products of ``fuse``, ``read`` and ``write`` run in bfloat16 (weights stay float32).
+        self.low_precision = False
         self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = _Layer(config)
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
@@ -139,15 +140,14 @@ class Drafter(nn.Module):
 
     def fuse(self, features: Tensor) -> Tensor:
         """[N, 3H] target features -> [N, H] hidden rows of the first step."""
-        fused: Tensor = self.fc(features)
-        return fused
+        return _linear(features, self.fc.weight, self.low_precision)
 
     def read(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> QKV:
         """Query, key, value of rows [N, H] that read ``tokens`` i64[N] at rotary ``positions`` i64[N]."""
         c, layer, attention = self.config, self.midlayer, self.midlayer.self_attn
         x = torch.cat([layer.input_layernorm(self.embedding[tokens]), layer.hidden_norm(hidden)], -1)
         fused = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        rows = F.linear(x, fused).view(len(x), -1, c.head_dim)
+        rows = _linear(x, fused, self.low_precision).view(len(x), -1, c.head_dim)
         heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
         q, k, v = torch.split(rows, heads, 1)
         cos, sin = self._rotary(positions)
@@ -155,8 +155,9 @@ class Drafter(nn.Module):
 
     def write(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Pre-norm output [N, H] of rows whose attention gave ``attended`` [N, heads x head_dim]."""
-        hidden = hidden + self.midlayer.self_attn.o_proj(attended)
-        written: Tensor = hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
+        hidden = hidden + _linear(attended, self.midlayer.self_attn.o_proj.weight, self.low_precision)
+        normed = self.midlayer.post_attention_layernorm(hidden)
+        written: Tensor = hidden + self.midlayer.mlp(normed, self.low_precision)
         return written
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +165,12 @@ class Drafter(nn.Module):
         angles = positions[:, None].float() * self.config.rope_theta**-half
         angles = torch.cat([angles, angles], -1)[:, None]
         return angles.cos(), angles.sin()
+
+
+def _linear(x: Tensor, weight: Tensor, low: bool) -> Tensor:
+    if low:
+        return F.linear(x.bfloat16(), weight.bfloat16()).float()
+    return F.linear(x, weight)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from livedraft.contracts.errors import DrafterRejected
 from livedraft.contracts.messages import Features, Manifest, Sampling, Trace
 from livedraft.traces.arrays import from_numpy, to_numpy
 from livedraft.trainer.batch import pack
-from livedraft.trainer.evaluate import DraftReplay, expected_rounds, replay
+from livedraft.trainer.evaluate import DraftReplay, _beyond, expected_rounds, replay
 from livedraft.trainer.lesson import lesson
 from livedraft.trainer.model import Drafter
 from livedraft.trainer.unroll import unroll
@@ -156,3 +156,13 @@ def test_scores_by_folder_and_leaves_out_what_cannot_be_scored(
     assert all(s.tokens / 4 <= s.rounds <= s.tokens for s in scores)
     with pytest.raises(DrafterRejected):
         scorer.score(tmp_path / "absent", traces)
+
+
+def test_a_token_of_the_tail_is_accepted_as_often_as_a_power_law_says() -> None:
+    ranks = torch.arange(1, 200_001).double()
+    p = ranks**-1.3 / (ranks**-1.3).sum()
+    recorded, tail = p[:32][None], p[32:].sum()[None]
+    for q in (1e-5, 1e-4, 1e-3):
+        expected = (p[32:] * (q / p[32:]).clamp(max=1)).sum() / tail
+        found = _beyond(torch.tensor([q]).double(), recorded, tail)
+        assert float(found) == pytest.approx(float(expected), rel=0.15)

@@ -94,3 +94,12 @@ def test_a_root_never_sees_what_comes_after_it(drafter: Drafter, random_trace: T
     root = int(batch.roots.root[chain])
     assert seen[: root + 1].all()
     assert not seen[root + 1 :].any()
+
+
+def test_low_precision_drafts_nearly_the_same(drafter: Drafter, random_trace: TraceMaker) -> None:
+    batch = pack([lesson(random_trace(1), DEPTH)], drafter.draft_row)
+    exact = torch.stack(list(unroll(drafter, batch.roots, DEPTH)))
+    drafter.low_precision = True
+    rounded = torch.stack(list(unroll(drafter, batch.roots, DEPTH)))
+    assert not torch.equal(exact, rounded)
+    assert torch.cosine_similarity(exact, rounded, dim=-1).min() > 0.98
