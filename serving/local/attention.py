@@ -60,6 +60,8 @@ def layout(
     ``depths`` [B, rows] are offsets of the rotary position, and row i sees the rows j of its own proposal with
     ``ancestors[b, i, j]`` (bool [B, rows, rows], self included) besides everything before ``start``.
     """
+    if len(starts) == 1 and ancestors is None:
+        return _one_chain(cache, rotary, slot, starts[0], rows, groups)
     batch = len(starts)
     device = cache.data.device
     first = torch.tensor(starts, device=device)
@@ -85,6 +87,24 @@ def layout(
         rotations=rotary.table[turned.flatten()][:, None],
         rows=cache.rows((slots + stands).flatten()),
         mask=mask,
+    )
+
+
+def _one_chain(cache: KVCache, rotary: Rotary, slot: int, start: int, rows: int, groups: int) -> Layout:
+    """``layout`` of a single chain, from views: a draft step is so short that its book-keeping would show."""
+    length = min(cache.length, start + rows)
+    mask = torch.zeros(1, rows, length, device=cache.data.device)
+    if rows > 1:
+        mask[0, :, start:] = torch.full((rows, rows), float("-inf"), device=mask.device).triu_(1)
+    if groups > 1:
+        mask = mask.repeat_interleave(groups, dim=1) if rows > 1 else mask.expand(1, groups, length)
+    return Layout(
+        batch=1,
+        slot=slot,
+        length=length,
+        rotations=rotary.table[start : start + rows, None],
+        rows=cache.run(slot, start, rows),
+        mask=mask.expand(cache.kv_heads, *mask.shape[1:]),
     )
 
 

@@ -150,14 +150,15 @@ def trace(
             top_logprobs=_floats(torch.cat(values)),
             tail=_floats(torch.cat(tails)),
         ),
-        features=_features(recording, origin),
+        features=_features(recording, origin, len(tokens) - 1),
         tenant=request.tenant,
         domain=request.domain,
     )
 
 
-def _features(recording: Recording, origin: Origin) -> Features:
-    values = torch.cat(recording.features).to(torch.bfloat16).view(torch.int16)
+def _features(recording: Recording, origin: Origin, known: int) -> Features:
+    # A last round cut short by a stop leaves rows of tokens that were never committed.
+    values = torch.cat(recording.features)[:known].to(torch.bfloat16).view(torch.int16)
     return Features(mode="inline", start=0, layers=origin.layers, values=_tensor(values, "bf2"))
 
 

@@ -29,8 +29,6 @@ class DrafterWeights:
     version: str
     checksum: str
     fc: Linear
-    embed_gain: Tensor
-    hidden_gain: Tensor
     qkv: Linear
     out: Linear
     gate_up: Linear
@@ -49,7 +47,9 @@ def load(
     like: DrafterConfig | None = None,
 ) -> DrafterWeights:
     """Verify a checkpoint folder and lay it out.  Raises DrafterRejected naming what is wrong with it."""
-    config, manifest = checkpoint.verify(folder, target_revision=target_revision, tokenizer_hash=tokenizer_hash, like=like)
+    config, manifest = checkpoint.verify(
+        folder, target_revision=target_revision, tokenizer_hash=tokenizer_hash, like=like
+    )
     arrays = checkpoint.load(folder)
     held = checkpoint.checksum(manifest.tensors)
     t = {name.removesuffix(".weight").removeprefix("midlayer."): torch.from_numpy(a) for name, a in arrays.items()}
@@ -71,9 +71,7 @@ def load(
         version=version,
         checksum=held,
         fc=packed(t["fc"]),
-        embed_gain=t["input_layernorm"],
-        hidden_gain=t["hidden_norm"],
-        qkv=packed(qkv),
+        qkv=packed(qkv * torch.cat([t["input_layernorm"], t["hidden_norm"]])),
         out=packed(t["self_attn.o_proj"]),
         gate_up=packed(gate_up * t["post_attention_layernorm"]),
         down=packed(t["mlp.down_proj"]),
@@ -138,8 +136,7 @@ class Drafter:
         ancestors: Tensor | None = None,
     ) -> Tensor:
         w, c = self.weights, self.weights.config
-        embedded = normalised(self._embedding[tokens], c.rms_norm_eps).mul_(w.embed_gain)
-        x = torch.cat([embedded, normalised(hidden, c.rms_norm_eps).mul_(w.hidden_gain)], -1)
+        x = torch.cat([normalised(self._embedding[tokens], c.rms_norm_eps), normalised(hidden, c.rms_norm_eps)], -1)
         where = layout(
             self.cache,
             self._rotary,

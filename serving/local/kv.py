@@ -31,12 +31,14 @@ class KVCache:
         self._offsets = which + head
 
     def rows(self, places: Tensor) -> Tensor:
-        """Flat row numbers for ``write``: [n * 2 * kv_heads] for ``places`` [n], each from ``place``."""
+        """Flat row numbers [n * 2 * kv_heads] for ``write``; ``places`` [n] is slot * kv_heads * length + position."""
         return (places[:, None, None] + self._offsets).flatten()
 
-    def place(self, slot: int, position: int) -> int:
-        """A slot and position as one number."""
-        return slot * self.kv_heads * self.length + position
+    def run(self, slot: int, start: int, count: int) -> Tensor:
+        """As ``rows`` for ``count`` positions of one slot from ``start`` on."""
+        first = slot * self.kv_heads * self.length + start
+        places = torch.arange(first, first + count, device=self.data.device)
+        return (places[:, None, None] + self._offsets).flatten()
 
     def write(self, layer: int, rows: Tensor, values: Tensor) -> None:
         """Store ``values`` [n, 2 * kv_heads, head_dim] (keys, then values) at ``rows``."""

@@ -17,6 +17,7 @@ from livedraft.contracts.messages import Delta, Generation, Sampling, SwapReques
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.kernels.sampling import distribution
 from livedraft.serving.local.engine import LocalEngine
+from livedraft.traces.validation import validate
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
@@ -355,6 +356,7 @@ def test_traces_hold_every_round_as_the_target_sees_it(target: Path, drafter: Pa
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     assert len(sink.kept) == 3
     for trace in sink.kept:
+        validate(trace)
         rounds = {f: _numpy(getattr(trace.rounds, f)) for f in trace.rounds.__struct_fields__}
         sequence = [*_numpy(trace.prompt).tolist(), *_numpy(trace.output).tolist()]
         assert rounds["size"].sum() == len(rounds["tokens"]) == len(rounds["accepted"])
@@ -389,7 +391,7 @@ def test_traces_hold_every_round_as_the_target_sees_it(target: Path, drafter: Pa
             at_row += size + 1
         features = trace.features.values
         assert features is not None
-        assert features.shape[0] >= len(sequence) - 1
+        assert features.shape[0] == len(sequence) - 1
         with torch.inference_mode():
             states = model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
         wanted = torch.cat([states[layer + 1][0] for layer in trace.features.layers], -1)[:-1]
