@@ -1,25 +1,18 @@
-"""A trainer process to be killed: ``crash_child.py TARGET_FOLDER SPOOL FOLDER``, learns in lockstep until drained."""
+"""A trainer process to be killed: ``crash_child.py TARGET DRAFTER SPOOL FOLDER drain|wait``, in lockstep."""
 
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 from tempfile import mkdtemp
 
-import torch
 from livedraft.contracts.settings import Trainer
 from livedraft.swap.memory_registry import MemoryRegistry
 from livedraft.traces.source import SpoolSource
-from livedraft.trainer.learner import Learner, TargetId
-from livedraft.trainer.loop import run
-from livedraft.trainer.model import Drafter
-from livedraft.trainer.target import fresh_config, read_target
+from livedraft.trainer.process import main
 
-
-def main(target_folder: Path, spool: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    target = read_target(target_folder)
+if __name__ == "__main__":
+    target, drafter, spool, folder = map(Path, sys.argv[1:5])
     settings = Trainer(
         folder=str(folder),
         steps_per_trace=1.5,
@@ -33,15 +26,13 @@ def main(target_folder: Path, spool: Path, folder: Path) -> None:
         publish_every_s=0.05,
         precision="float32",
     )
-    learner = Learner(
-        Drafter.fresh(target, fresh_config(target)),
-        TargetId(target="tiny", target_revision="r", tokenizer_hash="h"),
+    main(
         settings,
+        target_folder=target,
+        drafter_folder=drafter,
+        version="1",
+        source=SpoolSource(spool, "trainer"),
+        registry=MemoryRegistry(Path(mkdtemp(dir=folder.parent))),
         held_out=0.1,
+        until_drained=sys.argv[5] == "drain",
     )
-    registry = MemoryRegistry(Path(mkdtemp(dir=folder.parent)))
-    run(learner, SpoolSource(spool, "trainer"), registry, settings, threading.Event(), until_drained=True)
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

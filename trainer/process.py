@@ -1,0 +1,43 @@
+"""The trainer as a process of its own: starts from a registered drafter, stops on SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+from livedraft.contracts import checkpoint
+from livedraft.contracts.ports import Registry, TraceSource
+from livedraft.contracts.settings import Trainer as Settings
+from livedraft.trainer.learner import Learner, TargetId
+from livedraft.trainer.loop import run
+from livedraft.trainer.model import Drafter
+from livedraft.trainer.target import read_target
+
+
+def main(
+    settings: Settings,
+    *,
+    target_folder: Path,
+    drafter_folder: Path,
+    version: str | None,
+    source: TraceSource,
+    registry: Registry,
+    held_out: float,
+    until_drained: bool = False,
+) -> None:
+    """Learn from ``source``, starting at the drafter in ``drafter_folder`` (registry version ``version``).
+
+    A checkpoint in ``settings.folder`` goes before it.  The first signal ends the step in hand, saves and returns;
+    the target's identity is the drafter's manifest's.  Raises DrafterRejected or SettingsError before it starts.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    _, manifest = checkpoint.verify(drafter_folder)
+    identity = TargetId(
+        target=manifest.target, target_revision=manifest.target_revision, tokenizer_hash=manifest.tokenizer_hash
+    )
+    drafter = Drafter.from_checkpoint(drafter_folder, read_target(target_folder).embedding)
+    learner = Learner(drafter, identity, settings, held_out=held_out)
+    run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)
