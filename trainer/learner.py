@@ -14,6 +14,7 @@ import torch
 from livedraft.contracts.messages import Delivery, Offsets, Record, Trace
 from livedraft.contracts.settings import Trainer as Settings
 from livedraft.traces.admission import held_out
+from livedraft.traces.arrays import to_numpy
 from livedraft.trainer.batch import pack
 from livedraft.trainer.evaluate import can_score
 from livedraft.trainer.lesson import Lesson, lesson
@@ -71,7 +72,15 @@ class Learner:
         learner.step()
     """
 
-    def __init__(self, drafter: Drafter, target: TargetId, settings: Settings, *, held_out: float = 0.0) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: TargetId,
+        settings: Settings,
+        *,
+        held_out: float = 0.0,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
         self.drafter = drafter
         self.target = target
         self.offsets: Offsets = {}
@@ -80,6 +89,7 @@ class Learner:
         self.counts: dict[str, int] = {}
         self._settings = settings
         self._held_out = held_out
+        self._layers = layers
         self._owed = 0.0
         self._known: OrderedDict[str, None] = OrderedDict()
         self._versions: dict[str, None] = {}
@@ -138,10 +148,13 @@ class Learner:
         found = loss(self.drafter, batch, self._objective)
         self._optimizer.zero_grad()
         torch.autograd.backward(found.total)
-        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), settings.clip)
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (self.steps + 1) / max(settings.warmup_steps, 1))
-        self._optimizer.step()
+        if norm.isfinite():
+            self._optimizer.step()
+        else:  # one batch that overflows must not cost all that was learned
+            self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1
         self._owed = max(self._owed - 1, 0.0)
         self.steps += 1
         self.tokens += batch.tokens
@@ -200,10 +213,19 @@ class Learner:
             target=trace.target, target_revision=trace.target_revision, tokenizer_hash=trace.tokenizer_hash
         ):
             return "other target"
-        if not can_score(trace, 3 * self.drafter.config.hidden_size):
+        if not can_score(trace, 3 * self.drafter.config.hidden_size) or not trace.rounds.root.shape[0]:
             return "nothing to learn"
+        if self._layers is not None and trace.features.layers != self._layers:
+            return "other features"
+        if not self._knows_tokens(trace):
+            return "unknown token"
         self._versions |= dict.fromkeys(trace.drafters)
         return "admitted"
+
+    def _knows_tokens(self, trace: Trace) -> bool:
+        rounds = trace.rounds
+        ids = (to_numpy(a) for a in (trace.prompt, trace.output, rounds.tokens, rounds.top_ids))
+        return all(int(a.max(initial=0)) < self.drafter.config.vocab_size for a in ids)
 
     def _lesson(self, trace: Trace) -> Lesson:
         settings = self._settings

@@ -127,7 +127,7 @@ def lesson(
         rejected=rejected,
         top_ids=torch.from_numpy(to_numpy(trace.rounds.top_ids).astype(np.int64)),
         top_logprobs=torch.tensor(to_float32(trace.rounds.top_logprobs)),
-        tail=torch.tensor(to_float32(trace.rounds.tail)),
+        tail=torch.tensor(to_float32(trace.rounds.tail)).clamp(min=0),
         temperature=trace.top_temperature,
         greedy=trace.sampling.temperature == 0,
     )

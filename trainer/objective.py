@@ -50,11 +50,11 @@ class Loss:
 
 def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
     """The objective on one batch, its unroll no deeper than the batch's chains."""
-    total = drafter.norm.weight.new_zeros(())
-    divergence, overlap = [], []
+    total = drafter.norm.weight.sum() * 0
+    depth = min(objective.unroll, len(batch.steps))
+    divergence, overlap = torch.zeros(2, depth)
     # log of the importance weight that each chain's line has gathered so far
     line = batch.proposed.new_zeros(len(batch.proposed))
-    depth = min(objective.unroll, len(batch.steps))
     for k, hidden in enumerate(unroll(drafter, batch.roots, depth)):
         step = batch.steps[k]
         if not len(step.chains):
@@ -71,11 +71,11 @@ def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
             low_precision=objective.low_precision,
         )
         total = total + objective.decay**k * found.total
-        divergence.append(found.rows[committed].mean())
-        overlap.append(found.overlap[committed].mean())
+        divergence[k] = found.rows[committed].sum() / count
+        overlap[k] = found.overlap[committed].sum() / count
         if objective.discard and k + 1 < depth:
             line = line + _log_ratio(drafter, normed.detach(), batch, k + 1)
-    return Loss(total, torch.stack(divergence), torch.stack(overlap))
+    return Loss(total, divergence, overlap)
 
 
 @torch.no_grad()

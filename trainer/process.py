@@ -38,6 +38,7 @@ def main(
     identity = TargetId(
         target=manifest.target, target_revision=manifest.target_revision, tokenizer_hash=manifest.tokenizer_hash
     )
-    drafter = Drafter.from_checkpoint(drafter_folder, read_target(target_folder).embedding)
-    learner = Learner(drafter, identity, settings, held_out=held_out)
+    target = read_target(target_folder)
+    drafter = Drafter.from_checkpoint(drafter_folder, target.embedding)
+    learner = Learner(drafter, identity, settings, held_out=held_out, layers=target.feature_layers)
     run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)

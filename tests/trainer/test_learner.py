@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+import numpy as np
 import torch
 from livedraft.contracts.messages import DeadLetter, Delivery, Features, Trace
 from livedraft.contracts.settings import Trainer
+from livedraft.traces.arrays import from_numpy
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.model import Drafter
 
@@ -16,7 +19,7 @@ TARGET = TargetId(target="tiny", target_revision="r", tokenizer_hash="h")
 
 def learner(drafter: Drafter, held_out: float = 0.0, **changes: object) -> Learner:
     options: dict[str, object] = {"batch_traces": 2, "unroll": 3, "replay_traces": 8, "precision": "float32"}
-    return Learner(drafter, TARGET, Trainer(**(options | changes)), held_out=held_out)  # type: ignore[arg-type]
+    return Learner(drafter, TARGET, Trainer(**(options | changes)), held_out=held_out, layers=(1, 3, 4))  # type: ignore[arg-type]
 
 
 def deliver(to: Learner, *items: Trace | DeadLetter) -> list[str]:
@@ -26,6 +29,7 @@ def deliver(to: Learner, *items: Trace | DeadLetter) -> list[str]:
 
 def test_each_delivery_is_judged_counted_and_passed(drafter: Drafter, random_trace: TraceMaker) -> None:
     found = learner(drafter)
+    other_layers = msgspec.structs.replace(random_trace(6).features, layers=(1, 2, 3))
     verdicts = deliver(
         found,
         random_trace(1),
@@ -34,10 +38,21 @@ def test_each_delivery_is_judged_counted_and_passed(drafter: Drafter, random_tra
         random_trace(3, features=Features(mode="recompute")),
         random_trace(4, consent=False),
         DeadLetter(offset=5, reason="torn"),
+        random_trace(6, features=other_layers),
+        msgspec.structs.replace(random_trace(7), prompt=from_numpy([40], "i4")),
     )
-    assert verdicts == ["admitted", "duplicate", "other target", "nothing to learn", "no consent", "dead letter"]
+    assert verdicts == [
+        "admitted",
+        "duplicate",
+        "other target",
+        "nothing to learn",
+        "no consent",
+        "dead letter",
+        "other features",
+        "unknown token",
+    ]
     assert found.counts == dict.fromkeys(verdicts, 1)
-    assert found.offsets == {"0": 6}
+    assert found.offsets == {"0": 8}
 
 
 def test_held_out_requests_are_never_learned(drafter: Drafter, random_trace: TraceMaker) -> None:
@@ -92,3 +107,37 @@ def test_the_step_moves_every_tensor_that_can_learn(drafter: Drafter, random_tra
     assert step.accept_length >= 1
     for name, parameter in drafter.named_parameters():
         assert not torch.equal(before[name], parameter), name
+
+
+def test_a_step_that_overflows_changes_nothing(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter)
+    features = random_trace(1).features
+    assert features.values is not None
+    huge = msgspec.structs.replace(features, values=from_numpy(np.full(features.values.shape, 3e38), "f4"))
+    deliver(found, random_trace(1, features=huge), random_trace(2))
+    with torch.no_grad():
+        drafter.fc.weight.fill_(100)
+    before = drafter.lm_head.weight.detach().clone()
+    found.step()
+    assert torch.equal(before, drafter.lm_head.weight)
+    assert found.counts["overflown step"] == 1
+
+
+def test_a_window_without_a_recorded_row_teaches_nothing_and_breaks_nothing(
+    drafter: Drafter, random_trace: TraceMaker
+) -> None:
+    found = learner(drafter, batch_traces=1)
+    trace = random_trace(1)
+    last = from_numpy([trace.prompt.shape[0] + trace.output.shape[0] - 1], "i4")
+    one = msgspec.structs.replace(
+        random_trace(1, tokens=0).rounds,
+        root=last,
+        size=from_numpy([0], "i4"),
+        drafter=from_numpy([0], "i2"),
+        bonus=from_numpy([1], "i4"),
+        top_ids=from_numpy([[1, 2, 3, 4]], "i4"),
+        top_logprobs=from_numpy([[-0.1, -9.0, -9.0, -9.0]], "f4"),
+        tail=from_numpy([0.0], "f4"),
+    )
+    deliver(found, msgspec.structs.replace(trace, rounds=one))
+    assert found.step().accept_length >= 1
