@@ -4,7 +4,8 @@ Given the committed text, which is target-distributed whatever drafter proposed 
 accepted as the committed token x with probability exactly min(1, q(x) / p(x)) (Leviathan et al. 2023,
 arXiv 2211.17192: Q(x) min(1, p/q) of the P(x) mass).  So from a root, the first j tokens are accepted with
 probability s_j = prod_{i<=j} min(1, q(x_i) / p(x_i)); the round then commits j + 1.  Let r_t be the chance that a
-round starts at token t: r_first = 1, r_{t+j+1} += r_t (s_j - s_{j+1}); the expected rounds are sum_t r_t.
+round starts at token t: r_first = 1, r_{t+j+1} += r_t (s_j - s_{j+1}); the expected rounds are sum_t r_t, and the
+tokens they commit sum_t r_t sum_j s_j.
 Greedy is the case where each factor is 0 or 1.
 
 Approximation: of a committed token outside the K recorded candidates only the tail's mass is known; ``_beyond``
@@ -36,8 +37,8 @@ _TRACES_AT_ONCE = 8
 class DraftReplay:
     """``contracts.ports.Replay`` by the training unroll, without gradients.
 
-    ``depth`` is the number of draft tokens per round.  The first output token is left out of the score: prefill
-    yields it, drafting starts from it.
+    ``depth`` is the number of draft tokens per round.  Scored are the rounds of full depth: not the prefill, which
+    yields the first output token, nor rounds shortened because the request's length limit was near.
     """
 
     def __init__(self, target_folder: Path, depth: int, *, threads: int = 1) -> None:
@@ -77,11 +78,11 @@ def can_score(trace: Trace, width: int) -> bool:
     )
 
 
-def expected_rounds(survival: NDArray[np.float64]) -> float:
-    """Rounds to commit n tokens, where ``survival[t, j]`` is the chance that j proposals from root t are accepted.
+def expected_rounds(survival: NDArray[np.float64], roots: int | None = None) -> tuple[float, float]:
+    """Expected rounds that start at the first ``roots`` roots (all by default), and the tokens they commit.
 
-    ``survival`` f[n, depth + 1], non-increasing along j, ``survival[t, 0]`` 1: row t is the root with n - t tokens
-    still to come.
+    ``survival`` f[n, depth + 1], non-increasing along j, is the chance that j proposals from root t are accepted;
+    ``survival[t, 0]`` is 1.  Row t is the root with n - t tokens still to come.
     """
     n, width = survival.shape
     start = np.zeros(n + width)
@@ -89,17 +90,23 @@ def expected_rounds(survival: NDArray[np.float64]) -> float:
     exactly = survival - np.append(survival[:, 1:], np.zeros((n, 1)), axis=1)
     for t in range(n):
         start[t + 1 : t + 1 + width] += start[t] * exactly[t]
-    return float(start[:n].sum())
+    started = start[: n if roots is None else roots]
+    to_come = n - np.arange(len(started))[:, None]
+    committed = (survival[: len(started)] * (np.arange(width) < to_come)).sum(1)
+    return float(started.sum()), float(started @ committed)
 
 
 def _score(trace: Trace, accepted: NDArray[np.float64]) -> ReplayScore:
     survival = np.concatenate([np.ones((len(accepted), 1)), accepted.cumprod(1)], 1)
+    # Near a known end serving drafts less than the full depth; such rounds say nothing about the drafter.
+    full = len(accepted) - accepted.shape[1]
+    rounds, tokens = expected_rounds(survival, full if trace.finish_reason == "length" and full > 0 else None)
     return ReplayScore(
         trace_id=trace.trace_id,
         domain=trace.domain,
         temperature=trace.sampling.temperature,
-        tokens=float(len(accepted)),
-        rounds=expected_rounds(survival),
+        tokens=tokens,
+        rounds=rounds,
     )
 
 
