@@ -53,7 +53,10 @@ def engine(place: Path | None, target: str, threads: int, repeats: int) -> None:
 
     ratios, spread, speeds = {}, {}, {}
     for batch in (1, 8):
-        sides = {"transformers": partial(transformers, batch), "livedraft": partial(ours, batch)}
+        sides: dict[str, Callable[[], int]] = {
+            "transformers": partial(transformers, batch),
+            "livedraft": partial(ours, batch),
+        }
         rates = _interleave(sides, repeats)
         pairs = [a / b for a, b in zip(rates["livedraft"], rates["transformers"], strict=True)]
         ratios[str(batch)] = round(statistics.median(pairs), 3)
