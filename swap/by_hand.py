@@ -15,7 +15,7 @@ def promote(swapper: Swapper, version: str) -> Decision:
     """
     with swapper.journal.alone():
         status = swapper.settle()
-        live = swapper.align(status)
+        live = swapper.inform(status)
         wanted = swapper.registry.get(version)
         if wanted.checksum == status.drafter_checksum:
             raise SwapFailed(f"version {version} is live already")
@@ -27,14 +27,16 @@ def promote(swapper: Swapper, version: str) -> Decision:
             live=live.version if live else None,
             at=swapper.clock(),
         )
-        return _apply(swapper, swapper.exchange(folder, version, decision))
+        decision = swapper.exchange(folder, version, decision)
+        swapper.inform(swapper.settle())
+        return decision
 
 
 def rollback(swapper: Swapper) -> Decision:
     """Swap back to the version that ``previous`` points at.  Raises as ``promote``, SwapFailed without one."""
     with swapper.journal.alone():
         status = swapper.settle()
-        live = swapper.align(status)
+        live = swapper.inform(status)
         previous = swapper.registry.resolve("previous")
         if previous is None or live is None or previous.checksum == live.checksum:
             raise SwapFailed("there is no previous version to go back to")
@@ -42,11 +44,6 @@ def rollback(swapper: Swapper) -> Decision:
         decision = Decision(
             action="rollback", reason="by hand", candidate=live.version, live=previous.version, at=swapper.clock()
         )
-        return _apply(swapper, swapper.exchange(folder, previous.version, decision))
-
-
-def _apply(swapper: Swapper, decision: Decision) -> Decision:
-    """After the engine has confirmed: aliases, then the history."""
-    swapper.align(swapper.settle())
-    swapper.deliver()
-    return decision
+        decision = swapper.exchange(folder, previous.version, decision)
+        swapper.inform(swapper.settle())
+        return decision

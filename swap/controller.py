@@ -71,19 +71,20 @@ class Controller:
             stop.wait(self._settings.poll_s)
 
     def tick(self, stop: threading.Event) -> Decision | None:
-        """One turn; returns the decision it came to, if it came to one."""
+        """One turn, and at most one decision, which it returns."""
         fresh = self._evidence.refresh(stop)
         with self._journal.alone():
             status = self._swapper.settle()
             self._meter.observe(status)
             self._drift.observe(fresh, self._journal.predictions())
             decision = self._watch(status)  # needs no registry: a bad drafter goes while the registry is down
-            self._swapper.deliver()
-            live = self._swapper.align(self._swapper.settle())
-            if live and self._journal.watch is None and not stop.is_set():
-                decision = self._consider(live, status, stop) or decision
-                self._swapper.align(self._swapper.settle())
-                self._swapper.deliver()
+            live = self._swapper.inform(self._swapper.settle() if decision else status)
+            if not decision and live and not self._journal.watch and not stop.is_set():
+                decision = self._consider(live, status, stop)
+                if decision:
+                    self._swapper.inform(self._swapper.settle())
+        if decision and decision.action == "promote":
+            self._drift.domains.clear()  # the new drafter has learned from what drifted
         if decision:
             log.info("%s %s: %s", decision.action, decision.candidate, decision.reason)
         return decision
@@ -169,5 +170,4 @@ class Controller:
             "tokens_at_swap": float(tokens),
             "rounds_at_swap": float(rounds),
         }
-        self._drift.domains.clear()  # the new drafter has learned from what drifted
         return replace(promotion, evidence=promotion.evidence | start)

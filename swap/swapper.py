@@ -1,6 +1,6 @@
 """The exchange of drafters: fetched, proven, written down, applied, confirmed; then, and only then, the aliases.
 
-The engine's checksum is the truth.  Whatever was killed, ``settle`` and ``align`` make journal and registry agree
+The engine's checksum is the truth.  Whatever was killed, ``settle`` and ``inform`` make journal and registry agree
 with it, and both may be repeated.
 """
 
@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from livedraft.contracts import checkpoint
 from livedraft.contracts.checkpoint import DrafterConfig
@@ -27,10 +28,9 @@ class Swapper:
     """The only way to another drafter.  Its caller holds ``journal.alone()``:
 
     with swapper.journal.alone():
-        live = swapper.align(swapper.settle())          # finish or forget what was begun; aliases follow the engine
+        live = swapper.inform(swapper.settle())         # finish or forget what was begun; aliases follow the engine
         swapper.exchange(folder, version, decision)
-        swapper.align(swapper.settle())                 # the engine has confirmed: aliases move
-        swapper.deliver()
+        swapper.inform(swapper.settle())                # the engine has confirmed: aliases move
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Swapper:
         self.clock = clock
         self._versions = self.journal.folder / "versions"
         self._live: DrafterVersion | None = None
+        self._proven: dict[Any, tuple[Path, DrafterConfig, Manifest]] = {}
 
     def settle(self) -> EngineStatus:
         """Learn how a swap that was begun ended; returns the engine's status.  Raises SwapFailed without an answer."""
@@ -56,31 +57,25 @@ class Swapper:
         self.journal.end()  # without a failure it never reached the engine: whoever wanted it may want it again
         return status
 
-    def align(self, status: EngineStatus) -> DrafterVersion | None:
-        """Point ``live`` and ``previous`` at what the engine drafts with, and return that version.
+    def inform(self, status: EngineStatus) -> DrafterVersion | None:
+        """Tell the registry the decisions it lacks and what the engine drafts with, and return that version.
 
         None: the registry does not know the engine's drafter.  The engine is then given the one that the registry
         calls live, if there is one, and the next call finds it.
         """
-        if self._live and self._live.checksum == status.drafter_checksum:
-            return self._live
-        live = self.registry.resolve("live")
-        if live is None or live.checksum != status.drafter_checksum:
-            known = (v for v in self.registry.versions() if v.checksum == status.drafter_checksum)
-            if (serving := next(known, None)) is None:
-                self._restore(live, status)
-                return None
-            if previous := self.journal.predecessor(serving.version):
-                self.registry.point("previous", previous)
-            self.registry.point("live", serving.version)
-            live = serving
-        self._live = live
-        return live
+        self._deliver()
+        return self._align(status)
 
     def fetch(
         self, version: DrafterVersion, status: EngineStatus, like: DrafterConfig | None = None
     ) -> tuple[Path, DrafterConfig, Manifest]:
-        """A version's folder, proven fit for this engine.  Raises DrafterRejected naming what is wrong."""
+        """A version's folder, proven fit for this engine; proven once, since it is asked for at every poll.
+
+        Raises DrafterRejected naming what is wrong.
+        """
+        asked = (version.checksum, status.target, status.tokenizer_hash, like)
+        if (proven := self._proven.get(asked)) and proven[0].exists():
+            return proven
         self._forget_damaged(version)
         folder = self.registry.fetch(version.version, self._versions)
         config, manifest = checkpoint.verify(
@@ -88,6 +83,7 @@ class Swapper:
         )
         if checkpoint.checksum(manifest.tensors) != version.checksum:
             raise DrafterRejected("manifest.json: not the tensors that were registered under this version")
+        self._proven[asked] = folder, config, manifest
         return folder, config, manifest
 
     def exchange(self, folder: Path, version: str, decision: Decision) -> Decision:
@@ -123,7 +119,31 @@ class Swapper:
             self.registry.fetch(decision.live, self._versions)
         return self.exchange(folder, decision.live, decision)
 
-    def deliver(self) -> None:
+    def tidy(self, keep: set[str]) -> None:
+        """Delete the folders of versions that nobody may want back."""
+        self._proven.clear()
+        for folder in self._versions.glob("*"):
+            if folder.name not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _align(self, status: EngineStatus) -> DrafterVersion | None:
+        """Point ``live`` and ``previous`` at what the engine drafts with, as far as they do not."""
+        if self._live and self._live.checksum == status.drafter_checksum:
+            return self._live
+        live = self.registry.resolve("live")
+        if live is None or live.checksum != status.drafter_checksum:
+            known = (v for v in self.registry.versions() if v.checksum == status.drafter_checksum)
+            if (serving := next(known, None)) is None:
+                self._restore(live, status)
+                return None
+            if previous := self.journal.predecessor(serving.version):
+                self.registry.point("previous", previous)
+            self.registry.point("live", serving.version)
+            live = serving
+        self._live = live
+        return live
+
+    def _deliver(self) -> None:
         """Tell the registry what it has not been told, in order."""
         for decision in list(self.journal.undelivered()):
             self.registry.decide(decision)
@@ -134,12 +154,6 @@ class Swapper:
                 except NotFound:
                     log.warning("decided on version %s, which the registry does not know", decision.candidate)
             self.journal.mark_delivered()
-
-    def tidy(self, keep: set[str]) -> None:
-        """Delete the folders of versions that nobody may want back."""
-        for folder in self._versions.glob("*"):
-            if folder.name not in keep:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _restore(self, live: DrafterVersion | None, status: EngineStatus) -> None:
         if live is None:

@@ -29,10 +29,12 @@ class Switchable:
     def __init__(self, behind: Any) -> None:
         self.behind = behind
         self.down = False
+        self.asked: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if self.down:
             raise RegistryUnavailable("the registry does not answer")
+        self.asked.append(name)
         return getattr(self.behind, name)
 
 
@@ -141,6 +143,14 @@ def test_without_enough_traces_the_candidate_waits_unscored(world: World) -> Non
     decision = world.tick()
     assert decision is not None
     assert decision.action == "promote"
+
+
+def test_an_idle_turn_asks_the_registry_one_thing(world: World) -> None:
+    world.publish(1, 3.0)  # waits for traces
+    world.tick()
+    world.registry.asked.clear()
+    world.tick()
+    assert world.registry.asked == ["resolve"]
 
 
 def test_a_broken_promise_is_rolled_back_from_disk_while_the_registry_is_down(world: World) -> None:
