@@ -44,10 +44,14 @@ class Checkpoints:
         self._traces = folder / "traces"
         self._keep = keep
         self._written: dict[str, str] = {}
+        self._latest: Path | None = None
 
     def save(self, learner: Learner) -> Path:
-        """Write a checkpoint durably, then drop old ones.  Saving the same step twice replaces it."""
+        """Write a checkpoint durably, then drop old ones.  Writes nothing when nothing was learned or read since."""
         plain, tensors, traces = learner.state()
+        place = self._folder / f"step-{plain.steps:010d}-{sum(plain.counts.values()):010d}"
+        if place == self._latest:
+            return place
         self._traces.mkdir(parents=True, exist_ok=True)
         self._written = {trace.trace_id: self._keep_trace(trace) for trace in traces}
         _sync(self._traces)
@@ -60,10 +64,10 @@ class Checkpoints:
         for name, data in {**files, "seal.json": msgspec.json.encode(seal)}.items():
             _write(half / name, data)
         _sync(half)
-        place = self._folder / f"step-{plain.steps:010d}-{sum(plain.counts.values()):010d}"
         shutil.rmtree(place, ignore_errors=True)
         half.rename(place)
         _sync(self._folder)
+        self._latest = place
         self._prune()
         return place
 

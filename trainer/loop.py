@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -55,6 +54,7 @@ def run(
     """
     _lower_priority(settings)
     folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.load(learner)
     source.seek(learner.offsets)
@@ -62,7 +62,7 @@ def run(
     report = _Report(folder / "progress.json", learner, source, publisher)
     publish_due = _Every(settings.publish_every_s)
     checkpoint_due = _Every(settings.checkpoint_every_s)
-    published_at = learner.steps
+    published_at = 0  # what an earlier start learned is offered again: a registry knows weights it has
     while not stop.is_set():
         heard = _hear(learner, source)
         if learner.can_learn:
@@ -146,6 +146,5 @@ class _Report:
 
 def _lower_priority(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
-    # Only root may raise a priority again; a process that is already nicer stays so.
-    with contextlib.suppress(OSError):
-        os.nice(max(settings.nice - os.nice(0), 0))
+    # Only root may raise a priority again: a process that is nicer already stays so.
+    os.nice(max(settings.nice - os.nice(0), 0))

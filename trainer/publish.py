@@ -28,6 +28,7 @@ class Publisher:
     def __init__(self, registry: Registry, folder: Path, *, parent: str | None = None, retry_s: float = 5.0) -> None:
         self._registry = registry
         self._folder = folder
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start; its weights live in the checkpoint
         self._retry_s = retry_s
         self._waiting: tuple[Path, Manifest, dict[str, float]] | None = None
         self._closing = False

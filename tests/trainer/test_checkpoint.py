@@ -92,10 +92,14 @@ def test_two_are_kept_with_the_traces_they_need_and_no_others(
     assert len(list((tmp_path / "traces").iterdir())) == len(held[-1] | held[-2])
 
 
-def test_saving_the_same_step_twice_replaces_it(
+def test_the_same_step_is_written_once_and_another_process_may_replace_it(
     learner_of: Callable[[], Learner], random_trace: TraceMaker, tmp_path: Path
 ) -> None:
-    learner = learner_of()
+    learner, checkpoints = learner_of(), Checkpoints(tmp_path)
     teach(learner, random_trace, range(3))
-    assert Checkpoints(tmp_path).save(learner) == Checkpoints(tmp_path).save(learner)
-    assert Checkpoints(tmp_path).load(learner_of()) is not None
+    place = checkpoints.save(learner)
+    (place / "state.msgpack").write_bytes(b"torn")
+    assert checkpoints.save(learner) == place
+    assert Checkpoints(tmp_path).load(learner_of()) is None
+    assert Checkpoints(tmp_path).save(learner) == place
+    assert Checkpoints(tmp_path).load(learner_of()) == place
