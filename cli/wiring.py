@@ -167,7 +167,7 @@ def control(settings: Settings, stop: threading.Event) -> None:
     replay = DraftReplay(targets.find(settings.engine.target), settings.engine.draft_depth)
     with contextlib.closing(open_source(settings.traces, "controller")) as source:
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
-        Controller(swapper, evidence, replay, swap, rules).run(stop)
+        Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)[0]).run(stop)
 
 
 def swap_to(settings: Settings, folder: Path, version: str, checksum: str) -> None:

@@ -123,6 +123,9 @@ class Journal:
                     candidate=decision.candidate,
                     live=decision.live,
                     predicted=seen["predicted_accept_length"],
+                    predicted_by_kind={
+                        k: seen[f"predicted_{k}"] for k in ("greedy", "sampled") if f"predicted_{k}" in seen
+                    },
                     previous=seen["previous_accept_length"],
                     started_at=decision.at,
                     tokens=int(seen["tokens_at_swap"]),

@@ -16,6 +16,8 @@ class Watch(Record, frozen=True, kw_only=True):
     live: str | None
     #: Accept length that the gate predicted.
     predicted: float
+    #: The same by kind of request, "greedy" and "sampled", where the gate saw that kind.
+    predicted_by_kind: dict[str, float] = {}
     #: Accept length of the replaced version: as observed just before the swap, else as the gate predicted.
     previous: float
     #: Unix seconds.
@@ -39,9 +41,11 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     Rolls back when the observed accept length is below ``rollback_below`` of both the prediction and the previous
     version's: below the prediction alone, traffic may have grown harder for any drafter; below the previous one
     alone, the gate knew.  After ``timeout_s`` it decides on what it has; without a single round it keeps.
-    Evidence: ``predicted_accept_length``, ``previous_accept_length``, ``observed_accept_length``,
+    The prediction is weighted by the kinds of request that were observed.  Evidence:
+    ``predicted_accept_length``, ``previous_accept_length``, ``observed_accept_length``,
     ``relative_error`` (of the prediction), ``rounds``.
     """
+    predicted = _predicted(watch, status)
     tokens, rounds = status.by_drafter.get(watch.candidate, (0, 0))
     if rounds >= watch.rounds:  # else the engine started anew, and counts from zero
         tokens, rounds = tokens - watch.tokens, rounds - watch.rounds
@@ -51,7 +55,7 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         candidate=watch.candidate,
         live=watch.live,
         evidence={
-            "predicted_accept_length": watch.predicted,
+            "predicted_accept_length": predicted,
             "previous_accept_length": watch.previous,
             "rounds": float(rounds),
         },
@@ -62,15 +66,23 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     if rounds == 0:
         return replace(verdict, action="keep", reason="it was never asked to draft")
     observed = tokens / rounds
-    evidence = {"observed_accept_length": observed, "relative_error": abs(watch.predicted - observed) / observed}
-    fails = observed < rules.rollback_below * min(watch.predicted, watch.previous)
+    evidence = {"observed_accept_length": observed, "relative_error": abs(predicted - observed) / observed}
+    fails = observed < rules.rollback_below * min(predicted, watch.previous)
     return replace(
         verdict,
         action="rollback" if fails else "keep",
-        reason=f"accept length {observed:.2f} over {rounds} rounds, predicted {watch.predicted:.2f}, "
+        reason=f"accept length {observed:.2f} over {rounds} rounds, predicted {predicted:.2f}, "
         f"before {watch.previous:.2f}",
         evidence=verdict.evidence | evidence,
     )
+
+
+def _predicted(watch: Watch, status: EngineStatus) -> float:
+    """The gate's prediction for the mix of requests that the engine has drafted for."""
+    seen = {kind: rounds for kind, (_, rounds) in status.by_kind.get(watch.candidate, {}).items() if rounds}
+    if not seen or not seen.keys() <= watch.predicted_by_kind.keys():
+        return watch.predicted
+    return sum(watch.predicted_by_kind[kind] * rounds for kind, rounds in seen.items()) / sum(seen.values())
 
 
 class Meter:

@@ -124,7 +124,7 @@ class LocalEngine:
         self._fault: str | None = None
         self._output_tokens = 0
         self._rounds = 0
-        self._by_drafter: dict[str, tuple[int, int]] = {}
+        self._by_kind: dict[str, dict[str, tuple[int, int]]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -174,7 +174,8 @@ class LocalEngine:
             waiting=len(self._waiting),
             output_tokens=self._output_tokens,
             rounds=self._rounds,
-            by_drafter=dict(self._by_drafter),
+            by_drafter={version: _total(kinds) for version, kinds in [*self._by_kind.items()]},
+            by_kind={version: dict(kinds) for version, kinds in [*self._by_kind.items()]},
             traces_offered=self._capture.offered if self._capture else 0,
             traces_dropped=self._capture.dropped if self._capture else 0,
             capture=self._capture is not None,
@@ -461,8 +462,9 @@ class LocalEngine:
         self._rounds += 1
         if proposal.tokens and len(proposal) >= self._settings.draft_depth:
             # Only rounds of full depth: what a replay at that depth predicts.
-            tokens, rounds = self._by_drafter.get(self._version, (0, 0))
-            self._by_drafter[self._version] = (tokens + committed, rounds + 1)
+            kinds = self._by_kind.setdefault(self._version, {"greedy": (0, 0), "sampled": (0, 0)})
+            tokens, rounds = kinds[running.kind]
+            kinds[running.kind] = (tokens + committed, rounds + 1)
         if len(proposal) and not proposal.tree:
             self._depth.outcome(running.kind, len(proposal), len(path))
 
@@ -538,6 +540,10 @@ class LocalEngine:
     @property
     def _version(self) -> str:
         return self._drafter.weights.version if self._drafter else ""
+
+
+def _total(kinds: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    return sum(tokens for tokens, _ in kinds.values()), sum(rounds for _, rounds in kinds.values())
 
 
 def _logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:

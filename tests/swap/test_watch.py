@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from livedraft.swap.watch import Meter, Watch, WatchRules, judge
+from msgspec.structs import replace
 
 from . import drafts
 from .fakes import FakeEngine
@@ -102,3 +103,11 @@ def test_the_meter_starts_anew_with_another_drafter_and_another_engine(engine: F
     engine.serve(10, 4.0)
     meter.observe(engine.status())
     assert meter.accept_length is None
+
+
+def test_the_prediction_is_weighted_by_the_kinds_that_were_observed(engine: FakeEngine) -> None:
+    engine.serve(400, 2.5)
+    seen = replace(engine.status(), by_kind={"2": {"greedy": (400, 100), "sampled": (600, 300)}})
+    verdict = judge(replace(WATCH, predicted_by_kind={"greedy": 4.0, "sampled": 2.0}), seen, 101.0, RULES)
+    assert verdict.evidence["predicted_accept_length"] == 2.5
+    assert verdict.evidence["relative_error"] == 0.0
