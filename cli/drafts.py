@@ -168,15 +168,15 @@ def lineage(version: DrafterVersion, versions: Iterable[DrafterVersion]) -> list
 
 def decision_table(decisions: Iterable[Decision]) -> Table:
     """Decisions with their evidence."""
-    table = Table("at", "action", "candidate", "live", "reason", "evidence")
+    table = Table("at", "action", "candidate", "live", "reason and evidence")
     for decision in decisions:
+        evidence = "  ".join(f"{name}={value:.4g}" for name, value in decision.evidence.items())
         table.add_row(
             clock_time(decision.at),
             decision.action,
             decision.candidate or "-",
             decision.live or "-",
-            printable(decision.reason),
-            "  ".join(f"{name}={value:.4g}" for name, value in decision.evidence.items()),
+            Text.assemble(printable(decision.reason), "\n" if evidence else "", (evidence, "dim")),
         )
     return table
 

@@ -106,7 +106,11 @@ def _screen(as_json: bool) -> Iterator[Callable[[list[Part]], None]]:
             {p.name: p.answer.facts if p.answer else {"error": p.error} for p in parts}, indent=0
         )
         return
-    with Live(console=output(), auto_refresh=False) as live:
+    console = output()
+    if not console.is_terminal:
+        yield lambda parts: console.print(_table(parts))
+        return
+    with Live(console=console, auto_refresh=False) as live:
         yield lambda parts: live.update(_table(parts), refresh=True)
 
 
@@ -144,7 +148,7 @@ def _engine(settings: Settings) -> Answer:
         [
             f"{seen.engine} serves {seen.target} with drafter {seen.drafter or 'none'}",
             f"{seen.running} running, {seen.waiting} waiting; {seen.output_tokens} tokens, {seen.rounds} rounds so far",
-            "accept length " + (", ".join(latest) or "unknown: no rounds yet"),
+            "accept length at full depth: " + (", ".join(latest) or "no rounds yet"),
             f"traces: {seen.traces_offered} offered, {seen.traces_dropped} dropped"
             + ("" if seen.capture else "; capture is off"),
         ],
