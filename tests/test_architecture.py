@@ -23,7 +23,7 @@ FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.p
 
 
 def imports(path: Path) -> set[str]:
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)

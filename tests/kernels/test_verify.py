@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +25,13 @@ def random_rows(rows: int, vocabulary: int, seed: int, sharpness: float = 1.5) -
     return (torch.randn(rows, vocabulary, generator=generator) * sharpness).softmax(-1)
 
 
-def assert_follows(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> None:
+def assert_follows(counts: Mapping[tuple[int, ...], int], expected: Mapping[Any, float]) -> None:
     total = sum(counts.values())
     assert set(counts) <= set(expected)
     likely = {k: p for k, p in expected.items() if p * total >= 5}
     rest = 1 - sum(likely.values())
-    observed = [counts[k] for k in likely] + [total - sum(counts[k] for k in likely)]
+    observed = [counts.get(k, 0) for k in likely]
+    observed.append(total - sum(observed))
     wanted = [p * total for p in likely.values()] + [max(rest, 1e-12) * total]
     assert chisquare(np.array(observed), np.array(wanted) / sum(wanted) * total).pvalue > 1e-4
 
@@ -80,7 +83,7 @@ def test_a_tree_leaves_one_and_two_token_distributions_alone(seed: int) -> None:
 def test_the_statistic_notices_a_verifier_that_keeps_every_draft() -> None:
     rng = random.Random(0)
     p0, q0 = random_rows(2, 6, 0)
-    counts = Counter((draw(q0, rng.random()),) for _ in range(DRAWS))
+    counts: Counter[tuple[int, ...]] = Counter((draw(q0, rng.random()),) for _ in range(DRAWS))
     with pytest.raises(AssertionError):
         assert_follows(counts, {(t,): float(p0[t]) for t in range(6)})
 
@@ -114,11 +117,11 @@ def test_distribution_is_what_transformers_samples_from(seed: int, temperature: 
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed)) * 3
-    scores = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
     if k > 0:
-        scores = TopKLogitsWarper(min(k, 10))(None, scores)  # type: ignore[arg-type]
+        scores = TopKLogitsWarper(min(k, 10))(None, scores)
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)  # type: ignore[arg-type]
+        scores = TopPLogitsWarper(top_p)(None, scores)
     ours = distribution(logits, temperature, k, top_p)
     torch.testing.assert_close(ours, scores.softmax(-1), atol=1e-6, rtol=1e-5)
 

@@ -39,7 +39,8 @@ def test_a_chat(client: openai.OpenAI) -> None:
     assert (choice.message.role, choice.message.content, choice.message.refusal) == ("assistant", says(4, 9), None)
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (8, 9, 17)
-    assert answer.usage.model_extra == {"livedraft": {"accept_length": 8 / 3, "verify_rounds": 3, "drafter_version": "7"}}
+    extra = {"accept_length": 8 / 3, "verify_rounds": 3, "drafter_version": "7"}
+    assert answer.usage.model_extra == {"livedraft": extra}
     assert answer._request_id
     assert answer.id == "chatcmpl-" + answer._request_id
 

@@ -282,7 +282,7 @@ def test_a_full_line_refuses_and_a_closing_engine_drains(target: Path, drafter: 
     engine = start(target, drafter, max_running=1, max_waiting=2)
     client = Client(engine)
     hold = threading.Event()
-    engine.submit(greedy([PROMPTS[0]], 30)[0], lambda delta: hold.wait(20) and None)
+    engine.submit(greedy([PROMPTS[0]], 30)[0], lambda delta: [hold.wait(20)].clear())
     while engine.status().waiting:
         time.sleep(0.01)
     for name in "ab":
@@ -374,7 +374,8 @@ def test_traces_hold_every_round_as_the_target_sees_it(target: Path, drafter: Pa
             committed = [tokens[i] for i in accepted] + [int(rounds["bonus"][r])]
             assert sequence[position : position + len(committed)] == committed[: len(sequence) - position]
             for node in range(-1, size):
-                branch, walk = [], node
+                branch: list[int] = []
+                walk = node
                 while walk >= 0:
                     branch.insert(0, tokens[walk])
                     walk = parents[walk]
