@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from livedraft.cli.console import clock_time, printable
+from livedraft.cli.console import printable
 from livedraft.contracts.messages import DeadLetter, Delivery, Record, Trace
 from livedraft.traces.arrays import to_numpy
 from livedraft.traces.stats import summarize
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
 
 #: Output tokens spelled for a preview.
 _PREVIEW_TOKENS = 48
-_FORMAT = "{:>8}  {:<19}  {:<10}  {:<10}  {:>9}  {:>6}  {:>5}  {:<9}  {:>4}  {}"
+#: 66 columns before the output, so that a terminal of 80 shows some of it.
+_FORMAT = "{:>7} {:<8} {:<8} {:<8} {:>7} {:>6} {:>4} {:<5} {:>4} {}"
 
-HEADER = _FORMAT.format(
-    "offset", "finished", "domain", "tenant", "tokens", "rounds", "AL", "drafters", "temp", "output"
-)
+HEADER = _FORMAT.format("offset", "finished", "domain", "tenant", "tokens", "rounds", "AL", "draft", "temp", "output")
 
 
 class TraceLine(Record, frozen=True, kw_only=True):
@@ -43,7 +43,7 @@ class TraceLine(Record, frozen=True, kw_only=True):
     def __str__(self) -> str:
         return _FORMAT.format(
             self.offset,
-            clock_time(self.finished_at),
+            time.strftime("%H:%M:%S", time.localtime(self.finished_at)),
             printable(self.domain),
             printable(self.tenant),
             f"{self.prompt_tokens}+{self.output_tokens}",
@@ -62,7 +62,7 @@ class DeadLine(Record, frozen=True, kw_only=True):
     dead_letter: str
 
     def __str__(self) -> str:
-        return f"{self.offset:>8}  dead letter: {printable(self.dead_letter)}"
+        return f"{self.offset:>7} dead letter: {printable(self.dead_letter)}"
 
 
 class Spelling:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,12 @@ def test_an_unknown_registry_is_refused_by_its_url(site: Site) -> None:
     result = site.run("drafts", "list")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "ftp://there" in result.stderr
+
+
+def test_help_waits_for_no_heavy_import() -> None:
+    code = (
+        "import sys; from livedraft.cli import console, drafts, status, traces\n"
+        "print(sorted({'torch', 'mlflow', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said == "[]\n"
