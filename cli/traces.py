@@ -38,12 +38,8 @@ app = typer.Typer(
 #: Names the reader of these commands; it never commits, so that no consumer's offsets move.
 _GROUP = "cli"
 
-FromOption = Annotated[
-    int | None, typer.Option("--from", min=0, metavar="OFFSET", help="First offset; else the oldest.")
-]
-ToOption = Annotated[
-    int | None, typer.Option("--to", min=0, metavar="OFFSET", help="Last offset, included; else the newest.")
-]
+FromOption = Annotated[int | None, typer.Option("--from", min=0, metavar="OFFSET", help="First offset.")]
+ToOption = Annotated[int | None, typer.Option("--to", min=0, metavar="OFFSET", help="Last offset, included.")]
 
 
 @app.command()
@@ -163,9 +159,7 @@ def decode(
 
     Example: livedraft traces decode --offset 42 --whole
     """
-    from livedraft.cli.republish import trace_start
     from livedraft.traces.codec import to_json
-    from livedraft.traces.urls import spool_folder
 
     settings = settings_from(config)
     held = _usage(settings)
@@ -173,8 +167,7 @@ def decode(
         found = next(iter(_last(settings, 1)), None)
     else:
         _range(held, offset, offset)
-        first = trace_start(spool_folder(settings.traces.url), offset)
-        found = next((d for d in _deliveries(settings, first) if d.offset >= offset), None)
+        found = next((d for d in _deliveries(settings, offset) if d.offset >= offset), None)
     if found is None:
         raise NotFound(f"no whole trace there: the stream holds records {held.oldest} to {held.end - 1}")
     if isinstance(found.item, DeadLetter):
@@ -203,10 +196,13 @@ def _range(held: Usage, start: int | None, last: int | None) -> tuple[int, int]:
 
 
 def _deliveries(settings: Settings, first: int, *, follow: bool = False) -> Iterator[Delivery]:
+    """Items from the one that record ``first`` is part of."""
+    from livedraft.cli.republish import trace_start
     from livedraft.traces.replay import replay
     from livedraft.traces.source import PARTITION
-    from livedraft.traces.urls import open_source
+    from livedraft.traces.urls import open_source, spool_folder
 
+    first = trace_start(spool_folder(settings.traces.url), first)
     with contextlib.closing(open_source(settings.traces, _GROUP)) as source:
         yield from replay(source, {PARTITION: first}, follow=follow)
 
@@ -231,15 +227,13 @@ def _last(settings: Settings, count: int) -> list[Delivery]:
 
 
 def _tail(settings: Settings, count: int | None, start: int | None, follow: bool) -> Iterator[Delivery]:
-    from livedraft.cli.republish import trace_start
     from livedraft.traces.segments import usage
     from livedraft.traces.urls import spool_folder
 
-    folder = spool_folder(settings.traces.url)
     if start is not None:
-        yield from islice(_deliveries(settings, trace_start(folder, start), follow=follow), count)
+        yield from islice(_deliveries(settings, start, follow=follow), count)
         return
-    held = usage(folder)
+    held = usage(spool_folder(settings.traces.url))
     shown = _last(settings, 10 if count is None else count) if held.end > held.oldest else []
     yield from shown
     if follow:

@@ -102,6 +102,7 @@ def test_tail_from_an_offset_starts_there_even_inside_a_trace_cut_into_chunks(si
     assert [json.loads(line)["offset"] for line in shown] == ends[1:]
     shown = site.run("traces", "tail", "--json", "--from", str(ends[0] + 2), "-n", "1").stdout.splitlines()
     assert [json.loads(line)["offset"] for line in shown] == [ends[1]]
+    assert site.json("traces", "stats", "--from", str(ends[1]))["traces"] == 2
     shown = site.run("traces", "tail", "--json", "-n", "2").stdout.splitlines()
     assert [json.loads(line)["offset"] for line in shown] == ends[1:]
 
