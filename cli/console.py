@@ -40,6 +40,12 @@ class LivedraftGroup(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] == "livedraft":
+                raise  # our own bug
+            missing = f"this command needs the package {error.name!r}: pip install 'livedraft[demo]' has all of them"
+            Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(missing)}", soft_wrap=True)
+            raise typer.Exit(1) from error
         except BrokenPipeError:  # the reader of our output left; typer ends quietly
             raise
         except (LivedraftError, OSError) as error:  # OSError: a full disk, no permission
