@@ -43,15 +43,17 @@ class LivedraftGroup(TyperGroup):
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] == "livedraft":
                 raise  # our own bug
-            missing = f"this command needs the package {error.name!r}: pip install 'livedraft[demo]' has all of them"
-            Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(missing)}", soft_wrap=True)
+            _complain(f"{error.name} is not installed; this command needs: pip install 'livedraft[demo]'")
             raise typer.Exit(1) from error
         except BrokenPipeError:  # the reader of our output left; typer ends quietly
             raise
         except (LivedraftError, OSError) as error:  # OSError: a full disk, no permission
-            message = " ".join(str(error).split())
-            Console(stderr=True, highlight=False).print(Text(f"error: {message}", "red"), soft_wrap=True)
+            _complain(" ".join(str(error).split()))
             raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from error
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(f"error: {message}", "red"), soft_wrap=True)
 
 
 def settings_from(path: Path | None, *, target: str = "") -> settings.Settings:
