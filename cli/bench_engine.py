@@ -101,7 +101,7 @@ def capture(place: Path | None, target: str, threads: int, repeats: int) -> None
             "overhead": round(statistics.median(pairs), 4),
             "interquartile": [round(q, 4) for q in statistics.quantiles(pairs, n=4)[::2]],
             "tokens_per_second": {name: round(statistics.median(r), 1) for name, r in rates.items()},
-            "traces": {"written": counters.written, "dropped": counters.offered - counters.written},
+            "traces": {"written": counters.written, "dropped": sum(counters.dropped.values())},
             "provenance": provenance(),
         },
         place,

@@ -55,7 +55,7 @@ def demo(settings: Settings, minutes: float, out: Path) -> None:
     out = out.resolve()
     settings, config = _own_settings(settings, out)
     run = Run()
-    with wiring.stopping() as stop, stack(settings, config, "", console) as children:
+    with wiring.stopping() as stop, stack(settings, config, "", console) as running:
         console.print(
             f"MLflow registry: [bold]{settings.registry.url}[/]   endpoint: {wiring.gateway_url(settings)}/v1"
         )
@@ -76,7 +76,7 @@ def demo(settings: Settings, minutes: float, out: Path) -> None:
         )
         if stop.is_set():
             return
-        report = build(run, comparison, version.version, [child.restarts for child in children])
+        report = build(run, comparison, version.version, [child.restarts for child in running.children])
         draw(run, comparison, out / "report.png")
         show(report, out, settings.registry.url, console)
 

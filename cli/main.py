@@ -63,7 +63,7 @@ def serve(drafter: Path, version: str, config: ConfigOption = None, target: str 
     """The serving process of `livedraft up`: endpoint and embedded engine."""
     from livedraft.cli import wiring
 
-    _log("serve")
+    _start("serve")
     wiring.serve(settings_from(config, target=target), drafter, version)
 
 
@@ -72,9 +72,8 @@ def train(config: ConfigOption = None, target: str = "") -> None:
     """The learning process of `livedraft up`."""
     from livedraft.cli import wiring
 
-    _log("train")
-    with wiring.stopping() as stop:
-        wiring.train(settings_from(config, target=target), stop)
+    _start("train")
+    wiring.train(settings_from(config, target=target))
 
 
 @app.command(hidden=True)
@@ -82,12 +81,15 @@ def control(config: ConfigOption = None, target: str = "") -> None:
     """The swap controller of `livedraft up`."""
     from livedraft.cli import wiring
 
-    _log("control")
+    _start("control")
     with wiring.stopping() as stop:
         wiring.control(settings_from(config, target=target), stop)
 
 
-def _log(name: str) -> None:
+def _start(name: str) -> None:
+    from livedraft.cli import wiring
+
+    wiring.leave_with_parent()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(levelname)s %(message)s")
 
 

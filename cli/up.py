@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -9,13 +10,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from livedraft.cli import wiring
 from livedraft.cli.wiring_registry import open_registry
-from livedraft.contracts.errors import LivedraftError, Overloaded
+from livedraft.contracts.errors import LivedraftError, Overloaded, RegistryUnavailable
 from livedraft.contracts.settings import Settings
 from livedraft.swap.mlflow_server import MlflowServer
 from rich.console import Console
@@ -29,11 +30,11 @@ _RESTART_S = 2.0
 class Child:
     """One process of ours: its command, its log, its restarts."""
 
-    def __init__(self, name: str, arguments: list[str], log: Path) -> None:
+    def __init__(self, name: str, arguments: Callable[[], list[str]], log: Path) -> None:
         self.name = name
         self.restarts = 0
-        self._command = [sys.executable, "-m", "livedraft.cli.main", *arguments]
-        self._log = log
+        self.log = log
+        self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._died_at = 0.0
 
@@ -44,10 +45,11 @@ class Child:
 
     def start(self) -> None:
         """Start it in a process group of its own, so that Ctrl-C reaches it only through us."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "livedraft.cli.main", *self._arguments()]
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def keep(self, console: Console) -> None:
@@ -57,7 +59,7 @@ class Child:
         if not self._died_at:
             self._died_at = time.monotonic()
             code = self._process.returncode if self._process else None
-            console.print(f"[yellow]{self.name} ended with {code}; starting it again (log: {self._log})")
+            console.print(f"[yellow]{self.name} ended with {code}; starting it again (log: {self.log})")
         elif time.monotonic() - self._died_at > _RESTART_S:
             self._died_at = 0.0
             self.restarts += 1
@@ -79,10 +81,47 @@ class Child:
             self._process.wait()
 
 
+class Stack:
+    """The children and the registry, if we started one."""
+
+    def __init__(self, children: list[Child], server: MlflowServer | None) -> None:
+        self.children = children
+        self._server = server
+
+    def keep(self, console: Console) -> None:
+        """Start again what has died: first whatever serves."""
+        for child in self.children:
+            child.keep(console)
+        if self._server and not self._server.alive:
+            console.print(f"[yellow]registry ended; starting it again (log: {self._server.log})")
+            try:
+                self._server.start()
+            except RegistryUnavailable as error:
+                console.print(f"[red]{error}")
+
+
+class _Live:
+    """What serving starts with: the live drafter now, or the last one known while the registry is down."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._last: tuple[Path, str] | None = None
+
+    def arguments(self) -> list[str]:
+        """Folder and version."""
+        try:
+            folder, live = wiring.live_drafter(self._settings, open_registry(self._settings.registry))
+            self._last = folder, live.version
+        except RegistryUnavailable:
+            if self._last is None:
+                raise
+        return [str(part) for part in self._last]
+
+
 @contextmanager
 def stack(
     settings: Settings, config: Path | None, target: str, console: Console, *, environment: dict[str, str] | None = None
-) -> Iterator[list[Child]]:
+) -> Iterator[Stack]:
     """Registry, endpoint, trainer and controller, running and ready; all ended in the right order afterwards."""
     os.environ.update(environment or {})
     logs = Path(settings.trainer.folder).resolve().parent / "logs"
@@ -93,18 +132,17 @@ def stack(
         with console.status("starting the registry (20 s the first time)"):
             if server:
                 server.start()
-        with console.status("fetching the live drafter, or making one that knows nothing"):
-            folder, live = wiring.live_drafter(settings, open_registry(settings.registry))
-        serving = Child("serve", ["serve", str(folder), live.version, *shared], logs / "serve.log")
+        drafter = _Live(settings)
+        serving = Child("serve", lambda: ["serve", *drafter.arguments(), *shared], logs / "serve.log")
         children.append(serving)
-        with console.status("loading the target"):
+        with console.status("fetching the live drafter, or making one that knows nothing; loading the target"):
             serving.start()
             _wait_ready(settings, serving)
         for name in ("train", "control"):
-            child = Child(name, [name, *shared], logs / f"{name}.log")
+            child = Child(name, functools.partial(lambda name: [name, *shared], name), logs / f"{name}.log")
             children.append(child)
             child.start()
-        yield children
+        yield Stack(children, server)
     finally:
         with console.status("stopping: running requests finish, the trainer checkpoints"):
             # The controller first, so that nothing is swapped into an engine that is going.
@@ -119,7 +157,7 @@ def stack(
 def up(settings: Settings, config: Path | None, target: str) -> None:
     """Run until SIGINT or SIGTERM."""
     console = Console()
-    with wiring.stopping() as stop, stack(settings, config, target, console) as children:
+    with wiring.stopping() as stop, stack(settings, config, target, console) as running:
         base = wiring.gateway_url(settings)
         console.print(f"[bold]OpenAI endpoint[/]  {base}/v1")
         console.print(f"[bold]metrics[/]          {base}/metrics")
@@ -132,8 +170,7 @@ def up(settings: Settings, config: Path | None, target: str) -> None:
         )
         console.print("`livedraft status` shows what is going on; Ctrl-C stops everything.")
         while not stop.wait(0.5):
-            for child in children:
-                child.keep(console)
+            running.keep(console)
 
 
 def _model(settings: Settings) -> str:
@@ -148,10 +185,10 @@ def _wait_ready(settings: Settings, serving: Child, timeout: float = 180.0) -> N
     wait = threading.Event()
     while time.monotonic() < deadline:
         if serving.pid is None:
-            raise LivedraftError(f"the serving process ended while starting; see {serving._log}")
+            raise LivedraftError(f"the serving process ended while starting; see {serving.log}")
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
         except OSError:
             wait.wait(0.2)
-    raise Overloaded(f"the serving process was not ready after {timeout:.0f} s; see {serving._log}")
+    raise Overloaded(f"the serving process was not ready after {timeout:.0f} s; see {serving.log}")

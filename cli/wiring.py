@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from livedraft.cli.wiring_registry import open_registry
-from livedraft.contracts.messages import DrafterVersion, Manifest, SwapRequest
-from livedraft.contracts.ports import Registry
+from livedraft.contracts.errors import SettingsError
+from livedraft.contracts.messages import DrafterVersion, Manifest
+from livedraft.contracts.ports import Registry, TraceSink
 from livedraft.contracts.settings import Settings
 from livedraft.traces.admission import admit, held_out
+from livedraft.traces.redaction import NoRedaction, PatternRedaction, Redactor
 from livedraft.traces.urls import open_sink, open_source
 
 if TYPE_CHECKING:
@@ -37,6 +39,20 @@ def stopping() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_with_parent() -> None:
+    """Get SIGTERM when the process that started us dies, however it dies.  Linux; elsewhere nothing happens."""
+    import ctypes
+    import os
+    import sys
+
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gateway_url(settings: Settings) -> str:
@@ -83,20 +99,23 @@ def live_drafter(settings: Settings, registry: Registry) -> tuple[Path, DrafterV
         live = registry.publish(folder, checkpoint.verify(folder)[1], {})
         registry.point("live", live.version)
         return folder, live
-    return registry.fetch(live.version, Path(settings.swap.folder).resolve() / "versions"), live
+    # Not the controller's folder, which it tidies: serving must be able to start again from here.
+    return registry.fetch(live.version, Path(settings.trainer.folder).resolve() / "served"), live
 
 
-def build_engine(settings: Settings, drafter: Path | None, version: str) -> LocalEngine:
-    """The embedded engine, its traces going to the stream."""
+def build_engine(settings: Settings, drafter: Path | None, version: str, sink: TraceSink) -> LocalEngine:
+    """The embedded engine, its traces going to ``sink``.  Raises SettingsError for another engine's URL."""
     from livedraft.serving.local.engine import LocalEngine
 
+    if settings.engine.url != "local:":
+        raise SettingsError(f"engine.url is {settings.engine.url!r}; this version serves with 'local:' only")
     traces = settings.traces
     rule = functools.partial(admit, opted_out=traces.opted_out, sample_rate=traces.sample_rate)
     return LocalEngine(
         settings.engine,
         drafter=drafter,
         drafter_version=version,
-        sink=open_sink(traces),
+        sink=sink,
         admit=lambda request: rule(request).captured,
         buffer_bytes=traces.buffer_bytes,
     )
@@ -111,31 +130,37 @@ def serve(settings: Settings, drafter: Path, version: str) -> None:
 
     # A stream of tokens must not wait for a thread that computes: hand the interpreter over sooner.
     sys.setswitchinterval(0.0005)
-    engine = build_engine(settings, drafter, version)
-    answer(create_app(engine, settings.gateway, engine.name, opted_out=settings.traces.opted_out), settings.gateway)
+    with contextlib.closing(open_sink(settings.traces, _redactor(settings))) as sink:
+        engine = build_engine(settings, drafter, version, sink)
+        answer(create_app(engine, settings.gateway, engine.name, opted_out=settings.traces.opted_out), settings.gateway)
 
 
-def train(settings: Settings, stop: threading.Event) -> None:
-    """The learning process, until ``stop``."""
+def _redactor(settings: Settings) -> Redactor:
     from livedraft.serving.local import target as targets
     from livedraft.serving.local.text import Text
-    from livedraft.trainer import loop
-    from livedraft.trainer.learner import Learner, TargetId
-    from livedraft.trainer.model import Drafter
-    from livedraft.trainer.target import read_target
 
-    place = targets.find(settings.engine.target)
+    if settings.traces.redact == "nothing":
+        return NoRedaction()
+    return PatternRedaction(Text(targets.find(settings.engine.target)).decode)
+
+
+def train(settings: Settings) -> None:
+    """The learning process, until SIGTERM or SIGINT."""
+    from livedraft.serving.local import target as targets
+    from livedraft.trainer import process
+
     registry = open_registry(settings.registry)
     folder, live = live_drafter(settings, registry)
-    target = TargetId(
-        target=targets.name(settings.engine.target),
-        target_revision=targets.revision(place),
-        tokenizer_hash=Text(place).hash,
-    )
-    drafter = Drafter.from_checkpoint(folder, read_target(place).embedding)
-    learner = Learner(drafter, target, settings.trainer, held_out=settings.traces.held_out)
     with contextlib.closing(open_source(settings.traces, "trainer")) as source:
-        loop.run(learner, source, registry, settings.trainer, stop, parent=live.version)
+        process.main(
+            settings.trainer,
+            target_folder=targets.find(settings.engine.target),
+            drafter_folder=folder,
+            version=live.version,
+            source=source,
+            registry=registry,
+            held_out=settings.traces.held_out,
+        )
 
 
 def control(settings: Settings, stop: threading.Event) -> None:
@@ -168,11 +193,3 @@ def control(settings: Settings, stop: threading.Event) -> None:
     with contextlib.closing(open_source(settings.traces, "controller")) as source:
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
         Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)[0]).run(stop)
-
-
-def swap_to(settings: Settings, folder: Path, version: str, checksum: str) -> None:
-    """Give the engine a folder directly, past registry and gate: for comparisons."""
-    from livedraft.swap.engine_admin import HttpEngineAdmin
-
-    admin = HttpEngineAdmin(gateway_url(settings), settings.gateway.admin_key)
-    admin.swap(SwapRequest(path=str(folder), version=version, checksum=checksum))

@@ -29,6 +29,10 @@ from livedraft.contracts.messages import (
 class TraceSink(Protocol):
     """Where serving leaves traces.  Serving never waits: a full or broken sink drops, and counts."""
 
+    @property
+    def dropped(self) -> int:
+        """Traces offered that were not and will not be written, whatever the reason."""
+
     def offer(self, trace: Trace) -> bool:
         """Take a trace without blocking; False when it was dropped (and counted)."""
 

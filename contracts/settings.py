@@ -85,6 +85,8 @@ class Traces(_Section, frozen=True, kw_only=True):
     sample_rate: float = 1.0
     #: Fraction of requests held out of training as the gate's evidence.
     held_out: float = 0.1
+    #: "secrets" drops traces whose text holds what looks like an e-mail address, a key or a card number.
+    redact: Literal["nothing", "secrets"] = "nothing"
     #: Tenants never captured.
     opted_out: tuple[str, ...] = ()
 

@@ -105,6 +105,12 @@ class SpoolSink:
                 waiting_bytes=self._waiting_bytes,
             )
 
+    @property
+    def dropped(self) -> int:
+        """As ``ports.TraceSink``."""
+        with self._changed:
+            return self._dropped.total()
+
     def close(self, timeout: float = 5.0) -> None:
         """Write what was taken, within ``timeout`` seconds (the rest counts as "closed").  Safe to call twice."""
         with self._changed:

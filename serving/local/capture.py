@@ -67,7 +67,7 @@ class Capture:
             queue.SimpleQueue()
         )
         self.offered = 0
-        self.dropped = 0
+        self._overflowed = 0
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
         self._thread.start()
 
@@ -76,10 +76,15 @@ class Capture:
         with self._lock:
             self.offered += 1
             if self._waiting + recording.size > self._buffer:
-                self.dropped += 1
+                self._overflowed += 1
                 return
             self._waiting += recording.size
         self._queue.put((recording, request, tokens, reason))
+
+    @property
+    def dropped(self) -> int:
+        """Traces lost before the sink or in it."""
+        return self._overflowed + self._sink.dropped
 
     def close(self) -> None:
         """Finish what was handed over."""
@@ -91,10 +96,9 @@ class Capture:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (item := self._queue.get()) is not None:
             recording, request, tokens, reason = item
-            kept = self._sink.offer(trace(recording, request, tokens, reason, self._origin, self._topk))
+            self._sink.offer(trace(recording, request, tokens, reason, self._origin, self._topk))
             with self._lock:
                 self._waiting -= recording.size
-                self.dropped += not kept
 
 
 @torch.inference_mode()

@@ -336,10 +336,12 @@ class Traces:
     def __init__(self, accept: bool = True) -> None:
         self.accept = accept
         self.kept: list[Trace] = []
+        self.dropped = 0
 
     def offer(self, trace: Trace) -> bool:
         if self.accept:
             self.kept.append(trace)
+        self.dropped += not self.accept
         return self.accept
 
     def close(self, timeout: float = 5.0) -> None:
