@@ -21,6 +21,7 @@ from livedraft.cli.wiring_registry import open_registry
 from livedraft.contracts.errors import LivedraftError
 from livedraft.contracts.messages import Decision
 from livedraft.contracts.settings import Settings
+from livedraft.contracts.stopping import stopping
 from livedraft.swap.engine_admin import HttpEngineAdmin
 from msgspec.structs import replace
 from rich.console import Console
@@ -55,7 +56,7 @@ def demo(settings: Settings, minutes: float, out: Path) -> None:
     out = out.resolve()
     settings, config = _own_settings(settings, out)
     run = Run()
-    with wiring.stopping() as stop, stack(settings, config, "", console) as running:
+    with stopping() as stop, stack(settings, config, "", console) as running:
         console.print(
             f"MLflow registry: [bold]{settings.registry.url}[/]   endpoint: {wiring.gateway_url(settings)}/v1"
         )

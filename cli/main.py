@@ -80,9 +80,10 @@ def train(config: ConfigOption = None, target: str = "") -> None:
 def control(config: ConfigOption = None, target: str = "") -> None:
     """The swap controller of `livedraft up`."""
     from livedraft.cli import wiring
+    from livedraft.contracts.stopping import stopping
 
     _start("control")
-    with wiring.stopping() as stop:
+    with stopping() as stop:
         wiring.control(settings_from(config, target=target), stop)
 
 

@@ -114,7 +114,7 @@ def replay(
     Example: livedraft traces replay --from 1000 --to 1999 --into spool:///tmp/again
     """
     from livedraft.cli.republish import republish, trace_start
-    from livedraft.cli.wiring import stopping
+    from livedraft.contracts.stopping import stopping
     from livedraft.traces.reader import SpoolReader
     from livedraft.traces.spool import SpoolWriter
     from livedraft.traces.urls import spool_folder

@@ -18,6 +18,7 @@ from livedraft.cli import wiring
 from livedraft.cli.wiring_registry import open_registry
 from livedraft.contracts.errors import LivedraftError, Overloaded, RegistryUnavailable
 from livedraft.contracts.settings import Settings
+from livedraft.contracts.stopping import stopping
 from livedraft.swap.mlflow_server import MlflowServer
 from rich.console import Console
 
@@ -157,7 +158,7 @@ def stack(
 def up(settings: Settings, config: Path | None, target: str) -> None:
     """Run until SIGINT or SIGTERM."""
     console = Console()
-    with wiring.stopping() as stop, stack(settings, config, target, console) as running:
+    with stopping() as stop, stack(settings, config, target, console) as running:
         base = wiring.gateway_url(settings)
         console.print(f"[bold]OpenAI endpoint[/]  {base}/v1")
         console.print(f"[bold]metrics[/]          {base}/metrics")

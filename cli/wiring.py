@@ -7,7 +7,6 @@ import functools
 import logging
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,18 +26,6 @@ if TYPE_CHECKING:
 DAY_0 = "day0"
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; the handlers of before come back afterwards."""
-    stop = threading.Event()
-    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def leave_with_parent() -> None:

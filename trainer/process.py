@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 
 from livedraft.contracts import checkpoint
 from livedraft.contracts.ports import Registry, TraceSource
 from livedraft.contracts.settings import Trainer as Settings
+from livedraft.contracts.stopping import stopping
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.loop import run
 from livedraft.trainer.model import Drafter
@@ -31,9 +30,6 @@ def main(
     A checkpoint in ``settings.folder`` goes before it.  The first signal ends the step in hand, saves and returns;
     the target's identity is the drafter's manifest's.  Raises DrafterRejected or SettingsError before it starts.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     _, manifest = checkpoint.verify(drafter_folder)
     identity = TargetId(
         target=manifest.target, target_revision=manifest.target_revision, tokenizer_hash=manifest.tokenizer_hash
@@ -41,4 +37,5 @@ def main(
     target = read_target(target_folder)
     drafter = Drafter.from_checkpoint(drafter_folder, target.embedding)
     learner = Learner(drafter, identity, settings, held_out=held_out, layers=target.feature_layers)
-    run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)
+    with stopping() as stop:
+        run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)
