@@ -14,7 +14,7 @@ import httpx
 
 TEMPERATURES = (0.0, 0.7)
 CLIENTS = 2
-TOKENS = 64
+TOKENS = 96
 
 
 @dataclass(frozen=True, slots=True)
