@@ -97,15 +97,18 @@ class Trainer(_Section, frozen=True, kw_only=True):
     threads: int = 1
     #: OS niceness: serving goes first.
     nice: int = 15
+    #: AdamW: head, gains, and fc (there divided by the features' size).
     learning_rate: float = 1e-3
+    #: Muon: the matrices of the drafter's layer.
+    matrix_learning_rate: float = 6e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    clip: float = 0.5
+    clip: float = 10.0
     #: Steps over which the learning rate rises to its constant value.
     warmup_steps: int = 10
     #: Of matrix products (weights stay float32): "auto" takes bfloat16 where the processor multiplies it natively.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    #: Depth of the unroll on the drafter's own outputs; at least the serving depth.
+    #: Deepest unroll on the drafter's own outputs, reached as its chains grow longer; at least the serving depth.
     unroll: int = 5
     #: Weight of depth k is ``decay ** k``.
     decay: float = 0.8
@@ -119,14 +122,14 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: Traces kept: half the most recent ones, half a long memory stratified by domain.
     replay_traces: int = 512
     #: Times a recent trace may be trained on, its first included.
-    max_uses: int = 6
+    max_uses: int = 12
     #: Steps for each admitted trace; 0 learns as fast as time allows.  Any other value makes the weights a
     #: function of the stream alone (lockstep).
     steps_per_trace: float = 0.0
     #: Whether a greedy request teaches its best token alone instead of the target's distribution.
     hard_greedy: bool = False
-    #: Weight of the discard term (rejected proposals); 0 switches it off.
-    discard: float = 0.1
+    #: Weight of the discard term (rejected proposals); 0 switches it off, and saves the time of a chain per round.
+    discard: float = 0.0
     #: Divergence on committed positions.
     objective: Literal["forward_kl"] = "forward_kl"
     #: Rejected nodes from a drafter this many versions back or more are not used.

@@ -6,6 +6,7 @@ random choices whose state is part of its own.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from livedraft.trainer.evaluate import can_score
 from livedraft.trainer.lesson import Lesson, lesson
 from livedraft.trainer.model import Drafter
 from livedraft.trainer.objective import Objective, loss
+from livedraft.trainer.optimizer import Optimizer
 from livedraft.trainer.replay import Replay, ReplayState
 from torch import Tensor
 
@@ -42,6 +44,9 @@ class LearnerState(Record, frozen=True, kw_only=True):
     steps: int
     tokens: int
     owed: float
+    #: Running mean over steps; root mean square of the first batch's features.
+    accept_length: float
+    feature_rms: float
     #: Deliveries by what became of them.
     counts: dict[str, int]
     known: tuple[str, ...]
@@ -102,12 +107,9 @@ class Learner:
         )
         low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16())
         drafter.low_precision = low_precision
-        self._optimizer = torch.optim.AdamW(
-            drafter.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
+        self._optimizer = Optimizer(drafter, settings)
+        self._accept_length = 1.0
+        self._feature_rms = 0.0
         self._objective = Objective(
             unroll=settings.unroll,
             decay=settings.decay,
@@ -127,6 +129,11 @@ class Learner:
         """Whether there is a batch that has not been used up."""
         paid = not self._settings.steps_per_trace or self._owed >= 1
         return paid and self._replay.can_sample(self._settings.batch_traces)
+
+    @property
+    def depth(self) -> int:
+        """Steps unrolled now: one more than chains get far, so that early on no time goes into steps seldom reached."""
+        return min(self._settings.unroll, 1 + math.ceil(self._accept_length))
 
     def admit(self, delivery: Delivery) -> str:
         """Take a delivery; returns what became of it ("admitted", or why not), which is also counted."""
@@ -148,11 +155,9 @@ class Learner:
         found = loss(self.drafter, batch, self._objective)
         self._optimizer.zero_grad()
         torch.autograd.backward(found.total)
-        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), settings.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (self.steps + 1) / max(settings.warmup_steps, 1))
-        if norm.isfinite():
-            self._optimizer.step()
+        self._feature_rms = self._feature_rms or float(batch.roots.features.square().mean().sqrt())
+        if self._optimizer.step(self.steps, self._feature_rms):
+            self._accept_length += 0.05 * (found.accept_length - self._accept_length)
         else:  # one batch that overflows must not cost all that was learned
             self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1
         self._owed = max(self._owed - 1, 0.0)
@@ -163,14 +168,14 @@ class Learner:
     def state(self) -> tuple[LearnerState, dict[str, Tensor], list[Trace]]:
         """Everything: the plain part, weights and optimiser moments by name, the traces in replay."""
         tensors = {f"drafter/{name}": t for name, t in self.drafter.state_dict().items()}
-        for name, parameter in self.drafter.named_parameters():
-            for moment, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{moment}/{name}"] = value
+        tensors |= {f"optimizer/{name}": t for name, t in self._optimizer.state().items()}
         plain = LearnerState(
             offsets=dict(self.offsets),
             steps=self.steps,
             tokens=self.tokens,
             owed=self._owed,
+            accept_length=self._accept_length,
+            feature_rms=self._feature_rms,
             counts=dict(self.counts),
             known=tuple(self._known),
             versions=tuple(self._versions),
@@ -181,13 +186,9 @@ class Learner:
 
     def restore(self, plain: LearnerState, tensors: dict[str, Tensor], traces: dict[str, Trace]) -> None:
         """Become what ``state`` was taken of."""
-        self.drafter.load_state_dict(
-            {name.removeprefix("drafter/"): t for name, t in tensors.items() if name.startswith("drafter/")}
-        )
-        for name, parameter in self.drafter.named_parameters():
-            moments = {m: tensors.get(f"optimizer/{m}/{name}") for m in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["step"] is not None:
-                self._optimizer.state[parameter] = moments
+        self.drafter.load_state_dict(_below("drafter/", tensors))
+        self._optimizer.restore(_below("optimizer/", tensors))
+        self._accept_length, self._feature_rms = plain.accept_length, plain.feature_rms
         self.offsets = dict(plain.offsets)
         self.steps, self.tokens, self._owed = plain.steps, plain.tokens, plain.owed
         self.counts = dict(plain.counts)
@@ -235,12 +236,16 @@ class Learner:
             # A longer trace shows another part each time; half a window of prompt at most.
             start = self._random.randint(min(max(trace.prompt.shape[0] - settings.window // 2, 0), over), over)
         stale = self._stale if settings.discard else None
-        return lesson(trace, settings.unroll, start=start, window=settings.window, stale=stale)
+        return lesson(trace, self.depth, start=start, window=settings.window, stale=stale)
 
     @property
     def _stale(self) -> set[str]:
         versions = list(self._versions)
         return set(versions[: max(len(versions) - self._settings.max_version_lag, 0)])
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _fast_bfloat16() -> bool:

@@ -103,6 +103,8 @@ class Drafter(nn.Module):
             for parameter in drafter.parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(0, 0.02, generator=generator)
+            # Raw hidden states are large, up to 100 and more: what fc makes of them must not drown the layer.
+            drafter.fc.weight.mul_(0.01)
             drafter.lm_head.weight.copy_(target.head[kept])
             drafter.norm.weight.copy_(target.norm)
             drafter.d2t.copy_(kept - torch.arange(len(kept)))

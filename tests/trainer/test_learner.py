@@ -141,3 +141,14 @@ def test_a_window_without_a_recorded_row_teaches_nothing_and_breaks_nothing(
     )
     deliver(found, msgspec.structs.replace(trace, rounds=one))
     assert found.step().accept_length >= 1
+
+
+def test_the_unroll_deepens_as_chains_grow(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, unroll=4, max_uses=500, batch_traces=1, learning_rate=1e-2)
+    deliver(found, random_trace(1))
+    depths = [found.depth]
+    while depths[-1] < 4 and found.steps < 400:
+        found.step()
+        depths.append(found.depth)
+    assert depths[0] == 2
+    assert depths[-1] == 4
