@@ -33,7 +33,7 @@ _FIXED_S = 170.0
 #: Share of the learning time before the shift.
 _BEFORE = 0.38
 #: Prompts per domain kept from the traffic, for the comparison.
-KEPT = 60
+KEPT = 28
 
 
 @dataclass(slots=True)

@@ -255,9 +255,9 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     rounds: int
     #: (committed tokens, rounds) by drafter version, over rounds that drafted to the full: what a replay predicts.
     by_drafter: dict[str, tuple[int, int]] = {}
-    #: The same by version and kind of request, "greedy" or "sampled": depth is chosen by kind, so the mix of full
-    #: rounds is not that of the traffic.
-    by_kind: dict[str, dict[str, tuple[int, int]]] = {}
+    #: The same by version and stratum of the traffic: "domain/greedy" or "domain/sampled".  Depth is chosen by kind,
+    #: so the mix of full rounds is not that of the traffic.
+    by_stratum: dict[str, dict[str, tuple[int, int]]] = {}
     traces_offered: int = 0
     traces_dropped: int = 0
     capture: bool = True

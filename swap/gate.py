@@ -61,7 +61,7 @@ def judge(
     ``baseline``: scores of the frozen drafter that serving began with, which a candidate must not fall below.
     Evidence: ``predicted_accept_length`` and ``live_accept_length`` over all traces, ``ratio`` of goodputs with
     its interval ``lower`` .. ``upper``, ``goodput_over_plain`` (1.0: as fast as not speculating), ``traces``,
-    ``tokens``; ``predicted_greedy`` and ``predicted_sampled`` by kind of request.
+    ``tokens``; ``predicted/domain/greedy`` and ``predicted/domain/sampled`` by stratum of the traffic.
     """
     drafters = [candidate, live] if baseline is None else [candidate, live, baseline]
     tokens, rounds = _pair(drafters)
@@ -84,7 +84,7 @@ def judge(
     }
     if baseline is not None:
         evidence["baseline_accept_length"] = accept[2]
-    evidence |= _by_kind(candidate)
+    evidence |= _by_stratum(candidate)
     verdict = Decision(
         action="reject",
         reason=f"not proven better: goodput {evidence['ratio']:.3f} of live's, maybe {lower:.3f}",
@@ -101,14 +101,14 @@ def judge(
     return replace(verdict, action="promote", reason=reason)
 
 
-def _by_kind(scores: Sequence[ReplayScore]) -> dict[str, float]:
-    """``predicted_greedy`` and ``predicted_sampled``: accept length over the traces of each kind that was seen."""
-    found = {}
-    for kind, sampled in (("greedy", False), ("sampled", True)):
-        chosen = [s for s in scores if (s.temperature > 0) == sampled and s.rounds > 0]
-        if chosen:
-            found[f"predicted_{kind}"] = sum(s.tokens for s in chosen) / sum(s.rounds for s in chosen)
-    return found
+def _by_stratum(scores: Sequence[ReplayScore]) -> dict[str, float]:
+    """``predicted/domain/kind``: accept length over the traces of each stratum."""
+    strata: dict[str, tuple[float, float]] = {}
+    for score in scores:
+        stratum = f"predicted/{score.domain}/{'sampled' if score.temperature > 0 else 'greedy'}"
+        tokens, rounds = strata.get(stratum, (0.0, 0.0))
+        strata[stratum] = (tokens + score.tokens, rounds + score.rounds)
+    return {stratum: tokens / rounds for stratum, (tokens, rounds) in strata.items() if rounds > 0}
 
 
 def _pair(drafters: Sequence[Sequence[ReplayScore]]) -> tuple[np.ndarray, np.ndarray]:

@@ -123,8 +123,10 @@ class Journal:
                     candidate=decision.candidate,
                     live=decision.live,
                     predicted=seen["predicted_accept_length"],
-                    predicted_by_kind={
-                        k: seen[f"predicted_{k}"] for k in ("greedy", "sampled") if f"predicted_{k}" in seen
+                    predicted_by_stratum={
+                        name.removeprefix("predicted/"): value
+                        for name, value in seen.items()
+                        if name.startswith("predicted/")
                     },
                     previous=seen["previous_accept_length"],
                     started_at=decision.at,

@@ -16,8 +16,8 @@ class Watch(Record, frozen=True, kw_only=True):
     live: str | None
     #: Accept length that the gate predicted.
     predicted: float
-    #: The same by kind of request, "greedy" and "sampled", where the gate saw that kind.
-    predicted_by_kind: dict[str, float] = {}
+    #: The same by stratum of the traffic, "domain/greedy" or "domain/sampled", where the gate saw any.
+    predicted_by_stratum: dict[str, float] = {}
     #: Accept length of the replaced version: as observed just before the swap, else as the gate predicted.
     previous: float
     #: Unix seconds.
@@ -41,14 +41,11 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     Rolls back when the observed accept length is below ``rollback_below`` of both the prediction and the previous
     version's: below the prediction alone, traffic may have grown harder for any drafter; below the previous one
     alone, the gate knew.  After ``timeout_s`` it decides on what it has; without a single round it keeps.
-    The prediction is weighted by the kinds of request that were observed.  Evidence:
-    ``predicted_accept_length``, ``previous_accept_length``, ``observed_accept_length``,
-    ``relative_error`` (of the prediction), ``rounds``.
+    Only traffic of the strata that the gate judged is counted, and the prediction is weighted by their share of it: a
+    shift of the traffic is not the drafter's doing.  Evidence: ``predicted_accept_length``,
+    ``previous_accept_length``, ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``.
     """
-    predicted = _predicted(watch, status)
-    tokens, rounds = status.by_drafter.get(watch.candidate, (0, 0))
-    if rounds >= watch.rounds:  # else the engine started anew, and counts from zero
-        tokens, rounds = tokens - watch.tokens, rounds - watch.rounds
+    predicted, tokens, rounds = _comparable(watch, status)
     verdict = Decision(
         action="wait",
         reason=f"{rounds} of {rules.rounds} rounds",
@@ -64,7 +61,7 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     if rounds < rules.rounds and now < watch.started_at + rules.timeout_s:
         return verdict
     if rounds == 0:
-        return replace(verdict, action="keep", reason="it was never asked to draft")
+        return replace(verdict, action="keep", reason="it was not asked to draft for the traffic it was judged on")
     observed = tokens / rounds
     evidence = {"observed_accept_length": observed, "relative_error": abs(predicted - observed) / observed}
     fails = observed < rules.rollback_below * min(predicted, watch.previous)
@@ -77,12 +74,20 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     )
 
 
-def _predicted(watch: Watch, status: EngineStatus) -> float:
-    """The gate's prediction for the mix of requests that the engine has drafted for."""
-    seen = {kind: rounds for kind, (_, rounds) in status.by_kind.get(watch.candidate, {}).items() if rounds}
-    if not seen or not seen.keys() <= watch.predicted_by_kind.keys():
-        return watch.predicted
-    return sum(watch.predicted_by_kind[kind] * rounds for kind, rounds in seen.items()) / sum(seen.values())
+def _comparable(watch: Watch, status: EngineStatus) -> tuple[float, int, int]:
+    """The prediction, and the (tokens, rounds) since the swap that it can be compared with."""
+    strata = status.by_stratum.get(watch.candidate, {})
+    if strata and watch.predicted_by_stratum:
+        judged = [
+            (watch.predicted_by_stratum[s], *seen) for s, seen in strata.items() if s in watch.predicted_by_stratum
+        ]
+        rounds = sum(r for _, _, r in judged)
+        predicted = sum(p * r for p, _, r in judged) / rounds if rounds else watch.predicted
+        return predicted, sum(t for _, t, _ in judged), rounds
+    tokens, rounds = status.by_drafter.get(watch.candidate, (0, 0))
+    if rounds >= watch.rounds:  # else the engine started anew, and counts from zero
+        tokens, rounds = tokens - watch.tokens, rounds - watch.rounds
+    return watch.predicted, tokens, rounds
 
 
 class Meter:

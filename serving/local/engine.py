@@ -40,6 +40,8 @@ NAME = "local"
 _PREFILL_ROWS = 256
 #: Committed positions the drafter may be behind before it reads them on its own rather than with the batch.
 _BEHIND = 16
+#: Strata counted apart for each drafter: clients choose the domains' names.
+_STRATA = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +126,7 @@ class LocalEngine:
         self._fault: str | None = None
         self._output_tokens = 0
         self._rounds = 0
-        self._by_kind: dict[str, dict[str, tuple[int, int]]] = {}
+        self._by_stratum: dict[str, dict[str, tuple[int, int]]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -174,8 +176,8 @@ class LocalEngine:
             waiting=len(self._waiting),
             output_tokens=self._output_tokens,
             rounds=self._rounds,
-            by_drafter={version: _total(kinds) for version, kinds in [*self._by_kind.items()]},
-            by_kind={version: dict(kinds) for version, kinds in [*self._by_kind.items()]},
+            by_drafter={version: _total(strata) for version, strata in [*self._by_stratum.items()]},
+            by_stratum={version: dict(strata) for version, strata in [*self._by_stratum.items()]},
             traces_offered=self._capture.offered if self._capture else 0,
             traces_dropped=self._capture.dropped if self._capture else 0,
             capture=self._capture is not None,
@@ -462,9 +464,12 @@ class LocalEngine:
         self._rounds += 1
         if proposal.tokens and len(proposal) >= self._settings.draft_depth:
             # Only rounds of full depth: what a replay at that depth predicts.
-            kinds = self._by_kind.setdefault(self._version, {"greedy": (0, 0), "sampled": (0, 0)})
-            tokens, rounds = kinds[running.kind]
-            kinds[running.kind] = (tokens + committed, rounds + 1)
+            strata = self._by_stratum.setdefault(self._version, {})
+            stratum = f"{running.request.domain}/{running.kind}"
+            if stratum not in strata and len(strata) >= _STRATA:
+                stratum = f"others/{running.kind}"
+            tokens, rounds = strata.get(stratum, (0, 0))
+            strata[stratum] = (tokens + committed, rounds + 1)
         if len(proposal) and not proposal.tree:
             self._depth.outcome(running.kind, len(proposal), len(path))
 
@@ -542,8 +547,9 @@ class LocalEngine:
         return self._drafter.weights.version if self._drafter else ""
 
 
-def _total(kinds: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    return sum(tokens for tokens, _ in kinds.values()), sum(rounds for _, rounds in kinds.values())
+def _total(strata: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    counts = [*strata.values()]
+    return sum(tokens for tokens, _ in counts), sum(rounds for _, rounds in counts)
 
 
 def _logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:

@@ -105,9 +105,18 @@ def test_the_meter_starts_anew_with_another_drafter_and_another_engine(engine: F
     assert meter.accept_length is None
 
 
-def test_the_prediction_is_weighted_by_the_kinds_that_were_observed(engine: FakeEngine) -> None:
-    engine.serve(400, 2.5)
-    seen = replace(engine.status(), by_kind={"2": {"greedy": (400, 100), "sampled": (600, 300)}})
-    verdict = judge(replace(WATCH, predicted_by_kind={"greedy": 4.0, "sampled": 2.0}), seen, 101.0, RULES)
+def test_the_prediction_is_weighted_by_the_strata_that_were_observed(engine: FakeEngine) -> None:
+    seen = replace(engine.status(), by_stratum={"2": {"a/greedy": (400, 100), "a/sampled": (600, 300)}})
+    verdict = judge(replace(WATCH, predicted_by_stratum={"a/greedy": 4.0, "a/sampled": 2.0}), seen, 101.0, RULES)
     assert verdict.evidence["predicted_accept_length"] == 2.5
     assert verdict.evidence["relative_error"] == 0.0
+
+
+def test_a_shift_of_the_traffic_is_not_held_against_the_drafter(engine: FakeEngine) -> None:
+    watch = replace(WATCH, predicted_by_stratum={"a/greedy": 4.0})
+    shifted = replace(engine.status(), by_stratum={"2": {"a/greedy": (40, 10), "b/greedy": (900, 900)}})
+    assert judge(watch, shifted, 101.0, RULES).action == "wait"
+    decision = judge(watch, shifted, 100.0 + RULES.timeout_s, RULES)
+    assert (decision.action, decision.evidence["observed_accept_length"]) == ("keep", 4.0)
+    elsewhere = replace(engine.status(), by_stratum={"2": {"b/greedy": (900, 900)}})
+    assert judge(watch, elsewhere, 100.0 + RULES.timeout_s, RULES).action == "keep"
