@@ -148,7 +148,7 @@ class Swap(_Section, frozen=True, kw_only=True):
 
     poll_s: float = 1.0
     #: Held-out traces that the gate replays (the most recent ones), and the fewest it decides on.
-    gate_traces: int = 48
+    gate_traces: int = 64
     gate_min_traces: int = 8
     #: Seconds after which a trace is no evidence of today's traffic any more.
     gate_max_age_s: float = 3600.0
