@@ -11,10 +11,11 @@ from collections.abc import Sequence
 #: Weight of the newest observation.
 _RATE = 0.05
 _COST_RATE = 0.1
-#: A round in this many drafts to the full, to see what deeper drafts are worth now.
-_LOOK_EVERY = 24
+#: A round in this many drafts to the full, to see what deeper drafts are worth now.  While drafting does not pay at
+#: all the pause doubles up to the second number: looking must not make serving slower than never speculating.
+_LOOK_EVERY, _LOOK_SELDOM = 24, 384
 #: Rounds after a swap that draft to the full, to learn what the new drafter is worth.
-_LEARN_ROUNDS = 8
+_LEARN_ROUNDS = 16
 
 
 class DepthControl:
@@ -31,8 +32,8 @@ class DepthControl:
     def __init__(self, limit: int, adaptive: bool) -> None:
         self.limit = limit
         self.adaptive = adaptive
-        self._rounds = 0
         self._learn = _LEARN_ROUNDS
+        self._pause = self._until_look = _LOOK_EVERY
         self._acceptance: dict[str, list[float]] = {}
         self._verify: dict[tuple[int, int], float] = {}
         self._draft: dict[tuple[int, int], float] = {}
@@ -40,18 +41,22 @@ class DepthControl:
     def swapped(self) -> None:
         """A new drafter is in: look again at what every depth is worth."""
         self._learn = _LEARN_ROUNDS
+        self._pause = self._until_look = _LOOK_EVERY
 
     def choose(self, kinds: Sequence[str]) -> int:
         """Depth for a round of requests of these kinds."""
         if not self.adaptive or self.limit == 0 or not kinds:
             return self.limit
-        self._rounds += 1
         if self._learn > 0:
             self._learn -= 1
             return self.limit
-        if self._rounds % _LOOK_EVERY == 0:
-            return self.limit
-        return max(range(self.limit + 1), key=lambda k: self._goodput(k, kinds))
+        best = max(range(self.limit + 1), key=lambda k: self._goodput(k, kinds))
+        self._until_look -= 1
+        if self._until_look > 0:
+            return best
+        self._pause = min(2 * self._pause, _LOOK_SELDOM) if best == 0 else _LOOK_EVERY
+        self._until_look = self._pause
+        return self.limit
 
     def costs(self, batch: int, depth: int, draft_s: float, verify_s: float) -> None:
         """Seconds that drafting ``depth`` tokens and verifying ``depth + 1`` rows took."""

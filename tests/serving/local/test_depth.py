@@ -1,0 +1,74 @@
+"""How many tokens are drafted: as many as pay."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from livedraft.serving.local.depth import DepthControl
+
+
+def run(control: DepthControl, rounds: int, accepted: int, draft_s: float = 0.1, verify_s: float = 0.1) -> list[int]:
+    """Rounds of one greedy request of whose drafts the first ``accepted`` stand; a plain pass takes 1 s."""
+    depths = []
+    for _ in range(rounds):
+        depth = control.choose(["greedy"])
+        control.costs(1, depth, draft_s * depth, 1 + verify_s * depth)
+        if depth:
+            control.outcome("greedy", depth, min(depth, accepted))
+        depths.append(depth)
+    return depths
+
+
+def test_what_is_never_accepted_is_not_drafted_and_hardly_looked_at() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    run(control, 500, accepted=0)
+    late = run(control, 2000, accepted=0)
+    assert set(late) == {0, 4}
+    assert late.count(4) <= 2000 / 384 + 1
+
+
+def test_what_is_always_accepted_is_drafted_to_the_full() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    assert set(run(control, 300, accepted=4)[100:]) == {4}
+
+
+def test_depth_stops_where_the_next_token_no_longer_pays() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    late = run(control, 600, accepted=2)[300:]
+    assert max(set(late), key=late.count) == 2
+
+
+def test_a_swap_is_a_reason_to_look_again() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    run(control, 1000, accepted=0)
+    control.swapped()
+    assert set(run(control, 300, accepted=4)[-100:]) == {4}
+
+
+def test_traffic_that_grows_predictable_is_noticed_without_a_swap() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    run(control, 1000, accepted=0)
+    assert run(control, 20_000, accepted=4)[-1] == 4
+
+
+def test_a_pause_of_the_machine_is_forgotten() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    run(control, 300, accepted=4)
+    control.costs(1, 4, 0.4, 1000.0)
+    assert set(run(control, 200, accepted=4)[-20:]) == {4}
+
+
+def test_a_fixed_depth_is_fixed() -> None:
+    assert set(run(DepthControl(limit=3, adaptive=False), 50, accepted=0)) == {3}
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(0, 4))
+def test_expected_accept_length_is_one_plus_the_products_of_acceptance(rates: list[float], depth: int) -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    control._acceptance["greedy"] = list(rates)
+    total, reach = 1.0, 1.0
+    for rate in rates[:depth]:
+        reach *= rate
+        total += reach
+    assert control.expected("greedy", depth) == pytest.approx(total)
