@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 TEMPERATURES = (0.0, 0.7)
-CLIENTS = 6
+CLIENTS = 4
 TOKENS = 96
 
 
