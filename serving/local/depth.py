@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 #: Weight of the newest observation.
 _RATE = 0.05
-_COST_RATE = 0.1
+#: Costs fall fast and rise slowly: an average would take a busy moment of the machine for the price of a depth that is
+#: seldom tried, and so never try it again.
+_CHEAPER_RATE, _DEARER_RATE = 0.3, 0.03
 #: A round in this many drafts to the full, to see what deeper drafts are worth now.  While drafting does not pay at
 #: all the pause doubles up to the second number: looking must not make serving slower than never speculating.
-_LOOK_EVERY, _LOOK_SELDOM = 24, 384
+_LOOK_EVERY, _LOOK_SELDOM = 24, 96
 #: Rounds after a swap that draft to the full, to learn what the new drafter is worth.
 _LEARN_ROUNDS = 16
 
@@ -62,10 +64,12 @@ class DepthControl:
         """Seconds that drafting ``depth`` tokens and verifying ``depth + 1`` rows took."""
         for table, seconds in ((self._draft, draft_s), (self._verify, verify_s)):
             before = table.get((batch, depth))
-            # A pause of the machine is not a cost: one outlier moves the average by at most a factor.
-            table[batch, depth] = (
-                seconds if before is None else before + _COST_RATE * (min(seconds, 3 * before) - before)
-            )
+            if before is None:
+                table[batch, depth] = seconds
+                continue
+            rate = _CHEAPER_RATE if seconds < before else _DEARER_RATE
+            # A pause of the machine is not a cost: one outlier counts as at most a factor.
+            table[batch, depth] = before + rate * (min(seconds, 3 * before) - before)
 
     def outcome(self, kind: str, proposed: int, accepted: int) -> None:
         """A round of one request: ``accepted`` of ``proposed`` draft tokens stood."""
