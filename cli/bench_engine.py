@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.provenance import provenance, write
-from livedraft.contracts.messages import Delta, Generation, Manifest, Sampling, SwapRequest
+from livedraft.cli.wiring import write_fresh_drafter
+from livedraft.contracts.messages import Delta, Generation, Sampling, SwapRequest
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.serving.local.engine import LocalEngine
 from rich.console import Console
@@ -81,8 +81,8 @@ def capture(place: Path | None, target: str, threads: int, repeats: int) -> None
     from livedraft.traces.urls import open_sink
 
     with tempfile.TemporaryDirectory() as folder:
-        drafter = _fresh(target, Path(folder) / "drafter")
         settings = EngineSettings(target=target, threads=threads, adaptive_depth=False)
+        drafter = _fresh(settings, Path(folder) / "drafter")
         sink = open_sink(Traces(url=f"spool://{folder}/traces"))
         local = LocalEngine(settings, drafter=drafter, sink=sink, admit=lambda request: request.traced)
         prompts = [local.render([{"role": "user", "content": text}]) for text in held_out_prompts()[:8]]
@@ -111,8 +111,8 @@ def capture(place: Path | None, target: str, threads: int, repeats: int) -> None
 def swap(place: Path | None, target: str, threads: int, swaps: int) -> None:
     """See ``bench.swap``."""
     with tempfile.TemporaryDirectory() as folder:
-        drafters = [_fresh(target, Path(folder) / str(seed), seed) for seed in range(2)]
         settings = EngineSettings(target=target, threads=threads, adaptive_depth=False)
+        drafters = [_fresh(settings, Path(folder) / str(seed), seed) for seed in range(2)]
         local = LocalEngine(settings, drafter=drafters[0])
         prompts = [local.render([{"role": "user", "content": text}]) for text in held_out_prompts()[:8]]
         times: dict[str, list[float]] = {}
@@ -210,23 +210,6 @@ def _checksum(folder: Path) -> str:
     return checkpoint.checksum(checkpoint.verify(folder)[1].tensors)
 
 
-def _fresh(target: str, folder: Path, seed: int = 0) -> Path:
-    """A drafter that knows nothing, on disk."""
-    import torch
-    from livedraft.contracts import checkpoint
-    from livedraft.serving.local import target as targets
-    from livedraft.serving.local.text import Text
-    from livedraft.trainer.model import Drafter
-    from livedraft.trainer.target import fresh_config, read_target
-
-    place = targets.find(target)
-    outer = read_target(place)
-    with torch.random.fork_rng():
-        drafter = Drafter.fresh(outer, fresh_config(outer), seed=seed)
-    manifest: dict[str, Any] = {
-        "target": targets.name(target),
-        "target_revision": targets.revision(place),
-        "tokenizer_hash": Text(place).hash,
-    }
-    checkpoint.write(folder, drafter.config, drafter.to_arrays(), Manifest(tensors={}, **manifest))
+def _fresh(settings: EngineSettings, folder: Path, seed: int = 0) -> Path:
+    write_fresh_drafter(settings, folder, seed)
     return folder

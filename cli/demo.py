@@ -60,7 +60,7 @@ def demo(settings: Settings, minutes: float, out: Path) -> None:
         console.print(
             f"MLflow registry: [bold]{settings.registry.url}[/]   endpoint: {wiring.gateway_url(settings)}/v1"
         )
-        day_0, _ = wiring.day_0(settings)
+        day_0 = wiring.day_0(settings)
         _drive(settings, run, "prose", learning * _BEFORE, stop, console)
         run.shifted_at = len(run.served)
         static, _ = wiring.live_drafter(settings, open_registry(settings.registry))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import signal
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ from livedraft.cli.wiring_registry import open_registry
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.messages import DrafterVersion, Manifest
 from livedraft.contracts.ports import Registry, TraceSink
+from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Settings
 from livedraft.traces.admission import admit, held_out
 from livedraft.traces.redaction import NoRedaction, PatternRedaction, Redactor
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Frozen drafter of day 0, beside the trainer's checkpoints.
 DAY_0 = "day0"
-
-log = logging.getLogger(__name__)
 
 
 def leave_with_parent() -> None:
@@ -48,8 +46,8 @@ def gateway_url(settings: Settings) -> str:
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{settings.gateway.port}"
 
 
-def day_0(settings: Settings) -> tuple[Path, str]:
-    """Folder and checksum of a drafter that knows nothing of the target but its head; made once."""
+def write_fresh_drafter(engine: EngineSettings, folder: Path, seed: int) -> None:
+    """Write a drafter that knows nothing of the target but its head."""
     import torch
     from livedraft.contracts import checkpoint
     from livedraft.serving.local import target as targets
@@ -57,23 +55,26 @@ def day_0(settings: Settings) -> tuple[Path, str]:
     from livedraft.trainer.model import Drafter
     from livedraft.trainer.target import fresh_config, read_target
 
+    place = targets.find(engine.target)
+    target = read_target(place)
+    config = fresh_config(target, intermediate_size=engine.draft_intermediate, draft_vocab=engine.draft_vocab)
+    with torch.random.fork_rng():
+        drafter = Drafter.fresh(target, config, seed=seed)
+    manifest = Manifest(
+        tensors={},
+        target=targets.name(engine.target),
+        target_revision=targets.revision(place),
+        tokenizer_hash=Text(place).hash,
+    )
+    checkpoint.write(folder, config, drafter.to_arrays(), manifest)
+
+
+def day_0(settings: Settings) -> Path:
+    """Folder of the drafter that everything begins with; written once."""
     folder = Path(settings.trainer.folder).resolve() / DAY_0
     if not folder.exists():
-        place = targets.find(settings.engine.target)
-        target = read_target(place)
-        config = fresh_config(
-            target, intermediate_size=settings.engine.draft_intermediate, draft_vocab=settings.engine.draft_vocab
-        )
-        with torch.random.fork_rng():
-            drafter = Drafter.fresh(target, config, seed=settings.trainer.seed)
-        manifest = Manifest(
-            tensors={},
-            target=targets.name(settings.engine.target),
-            target_revision=targets.revision(place),
-            tokenizer_hash=Text(place).hash,
-        )
-        checkpoint.write(folder, config, drafter.to_arrays(), manifest)
-    return folder, checkpoint.checksum(checkpoint.verify(folder)[1].tensors)
+        write_fresh_drafter(settings.engine, folder, settings.trainer.seed)
+    return folder
 
 
 def live_drafter(settings: Settings, registry: Registry) -> tuple[Path, DrafterVersion]:
@@ -82,7 +83,7 @@ def live_drafter(settings: Settings, registry: Registry) -> tuple[Path, DrafterV
 
     live = registry.resolve("live")
     if live is None:
-        folder, _ = day_0(settings)
+        folder = day_0(settings)
         live = registry.publish(folder, checkpoint.verify(folder)[1], {})
         registry.point("live", live.version)
         return folder, live
@@ -179,4 +180,4 @@ def control(settings: Settings, stop: threading.Event) -> None:
     replay = DraftReplay(targets.find(settings.engine.target), settings.engine.draft_depth)
     with contextlib.closing(open_source(settings.traces, "controller")) as source:
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
-        Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)[0]).run(stop)
+        Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)).run(stop)
