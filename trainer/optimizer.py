@@ -4,6 +4,9 @@ Muon (Jordan 2024; Liu et al. 2025, arXiv 2502.16982) steps along the orthogonal
 of an AdamW step.  ``fc`` reads raw hidden states, whose size differs between targets by orders of magnitude, and
 Adam's step does not shrink with its input's size: so its rate is divided by the features' root mean square, which is
 what a drafter with normalised features would do.
+
+The orthogonalisation is written here because ``torch.optim.Muon`` always runs it in bfloat16: on a processor without
+bfloat16 products that alone took two thirds of a training step.
 """
 
 from __future__ import annotations
@@ -14,6 +17,41 @@ import torch
 from livedraft.contracts.settings import Trainer as Settings
 from livedraft.trainer.model import Drafter
 from torch import Tensor
+
+#: Quintic Newton-Schulz coefficients, and iterations (Jordan 2024): singular values end between about 0.7 and 1.2.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+def orthogonalised(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[m, n] -> nearly the orthogonal factor U V^T of its singular value decomposition, computed in ``dtype``."""
+    a, b, c = _QUINTIC
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Muon:
+    """Nesterov momentum, orthogonalised, for matrices."""
+
+    def __init__(self, matrices: list[Tensor], dtype: torch.dtype, *, momentum: float = 0.95) -> None:
+        self.rate = 0.0
+        self.state: dict[Tensor, dict[str, Tensor]] = {m: {"momentum_buffer": torch.zeros_like(m)} for m in matrices}
+        self._dtype = dtype
+        self._momentum = momentum
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every matrix [m, n] by rate x 0.2 sqrt(max(m, n)): root mean square 0.2, as AdamW's steps have."""
+        for matrix, state in self.state.items():
+            if matrix.grad is not None:
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - self._momentum)
+                ahead = orthogonalised(matrix.grad.lerp(mean, self._momentum), self._dtype)
+                matrix.add_(ahead, alpha=-self.rate * 0.2 * max(matrix.shape) ** 0.5)
 
 
 class Optimizer:
@@ -27,7 +65,7 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             if parameter is not drafter.fc.weight:
                 (matrices if name.startswith("midlayer") and parameter.dim() == 2 else others).append(parameter)
-        self._muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self._muon = Muon(matrices, torch.bfloat16 if drafter.low_precision else torch.float32)
         self._adam = torch.optim.AdamW(
             [{"params": others}, {"params": [drafter.fc.weight]}],
             lr=settings.learning_rate,
@@ -45,13 +83,13 @@ class Optimizer:
         if not norm.isfinite():
             return False
         warm = min(1.0, (number + 1) / max(settings.warmup_steps, 1))
-        self._muon.param_groups[0]["lr"] = warm * settings.matrix_learning_rate
+        self._muon.rate = warm * settings.matrix_learning_rate
         others, fc = self._adam.param_groups
         others["lr"] = warm * settings.learning_rate
         fc["lr"] = warm * settings.learning_rate / feature_rms
-        for optimizer in (self._muon, self._adam):
-            move: Callable[[], object] = optimizer.step
-            move()
+        self._muon.step()
+        adam: Callable[[], object] = self._adam.step
+        adam()
         return True
 
     def zero_grad(self) -> None:
@@ -74,6 +112,5 @@ class Optimizer:
             parameter = self._parameters[name]
             self._of(parameter).state[parameter][moment] = value
 
-    def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
-        by_muon = any(parameter is p for p in self._muon.param_groups[0]["params"])
-        return self._muon if by_muon else self._adam
+    def _of(self, parameter: Tensor) -> Muon | torch.optim.Optimizer:
+        return self._muon if parameter in self._muon.state else self._adam

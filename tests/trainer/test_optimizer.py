@@ -6,7 +6,7 @@ import pytest
 import torch
 from livedraft.contracts.settings import Trainer
 from livedraft.trainer.model import Drafter
-from livedraft.trainer.optimizer import Optimizer
+from livedraft.trainer.optimizer import Muon, Optimizer, orthogonalised
 from livedraft.trainer.target import Target, fresh_config
 
 SETTINGS = Trainer(learning_rate=1e-3, matrix_learning_rate=1e-2, warmup_steps=4)
@@ -58,3 +58,27 @@ def test_a_restored_optimizer_goes_on_as_the_first(target: Target) -> None:
         give_gradients(drafter, 3)
         optimizer.step(3, 10.0)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+def test_orthogonalising_keeps_the_directions_and_evens_out_their_sizes(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = orthogonalised(matrix)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    sizes = u.T @ out @ v.T
+    assert torch.allclose(sizes, torch.diag(sizes.diagonal()), atol=1e-4)
+    strong = s > 0.1 * s.max()  # the iteration lifts small singular values only so far
+    assert bool(((sizes.diagonal() > 0.6) & (sizes.diagonal() < 1.3))[strong].all())
+
+
+def test_in_bfloat16_it_is_torchs_muon() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.full((24, 8), 0.5)) for _ in range(2))
+    muon = Muon([ours], torch.bfloat16)
+    muon.rate = 0.02
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for seed in range(4):
+        gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(seed))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        muon.step()
+        reference.step()
+    assert torch.equal(ours, theirs)
