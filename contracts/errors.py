@@ -10,7 +10,8 @@ LivedraftError
 ├── SettingsError          500  a settings file; names file and key
 ├── TraceError             500
 │   ├── CorruptRecord      500  bytes that are not a trace; dead-lettered, never fatal to a reader
-│   └── UnsupportedSchema  500  a newer major version; dead-lettered
+│   ├── UnsupportedSchema  500  a newer major version; dead-lettered
+│   └── StreamUnavailable  503  the broker does not answer; serving goes on
 ├── DrafterRejected        422  a candidate that must not reach serving; names the file or tensor
 ├── RegistryUnavailable    503
 └── SwapFailed             409  the engine kept what it had
@@ -92,6 +93,12 @@ class CorruptRecord(TraceError):
 
 class UnsupportedSchema(TraceError):
     """A trace whose major schema version is newer than this reader."""
+
+
+class StreamUnavailable(TraceError):
+    """The broker does not answer, or does not let us in; traces wait or are dropped, serving goes on."""
+
+    status = 503
 
 
 class DrafterRejected(LivedraftError):

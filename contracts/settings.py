@@ -70,14 +70,14 @@ class Gateway(_Section, frozen=True, kw_only=True):
 class Traces(_Section, frozen=True, kw_only=True):
     """The trace stream."""
 
-    #: ``spool:///absolute/path`` or ``spool://relative/path``.
+    #: ``spool:///absolute/path``, ``spool://relative/path`` or ``kafka://host:port[,host:port]`` (see [kafka]).
     url: str = "spool://runs/live/traces"
     #: Total size kept; the oldest segments go first.
     retain_bytes: int = 2 << 30
     segment_bytes: int = 16 << 20
     #: "always" (each batch), "interval" (once a second) or "never" (the kernel decides).
     fsync: Literal["always", "interval", "never"] = "interval"
-    #: Bytes of encoded traces that may wait in memory before new ones are dropped.
+    #: Bytes of traces that may wait in memory, those on their way to a broker included, before new ones are dropped.
     buffer_bytes: int = 64 << 20
     #: Largest message; longer traces are cut into chunks.
     message_bytes: int = 1 << 20
@@ -89,6 +89,52 @@ class Traces(_Section, frozen=True, kw_only=True):
     redact: Literal["nothing", "secrets"] = "nothing"
     #: Tenants never captured.
     opted_out: tuple[str, ...] = ()
+
+
+class Kafka(_Section, frozen=True, kw_only=True):
+    """The broker behind a ``kafka://`` URL; without one nothing here is read."""
+
+    #: Topics: ``<prefix>.traces``, ``<prefix>.drafts``, ``<prefix>.swaps`` and ``<prefix>.dead``.
+    prefix: str = "livedraft"
+    #: Whether to create topics that do not exist; existing ones are left as they are.
+    create_topics: bool = True
+    #: Of ``<prefix>.traces``: the most consumers of a group that can share it.  The other topics have one.
+    partitions: int = 8
+    #: Copies of each partition; a message is acknowledged once all in-sync ones have it.
+    replication: int = 1
+    #: Age, and bytes per partition, up to which messages are kept.
+    retention_hours: float = 24.0
+    retention_bytes: int = 4 << 30
+    #: Largest message and batch, of topics and clients; above ``traces.message_bytes``.
+    max_message_bytes: int = 4 << 20
+    #: Compression of batches.  Features are compressed already, so this costs more than it saves on them.
+    compression: Literal["none", "zstd"] = "none"
+    #: Milliseconds that a batch may wait for more messages.
+    linger_ms: int = 5
+    #: Seconds after which a message without acknowledgement is given up: to ``spill``, or dropped.
+    delivery_timeout_s: float = 30.0
+    #: Folder for traces that the broker did not acknowledge, sent in order when it answers again; none: they are
+    #: dropped and counted.  One process per folder.
+    spill: str | None = None
+    #: Size of the spill from which on traces are dropped.
+    spill_bytes: int = 2 << 30
+    #: Seconds without a heartbeat after which a consumer's partitions go to the others of its group.
+    session_timeout_s: float = 45.0
+    #: Consumer group that copies unreadable records to ``<prefix>.dead``; one, so that each is copied once.
+    dead_letter_group: str = "trainer"
+    #: "plaintext", "ssl", "sasl_plaintext" or "sasl_ssl".
+    security: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = "plaintext"
+    #: PEM files: authorities to trust (none: the system's), and our own certificate and key for mutual TLS.
+    tls_ca: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    #: Whether the broker's certificate must name its host.
+    tls_check_hostname: bool = True
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    sasl_username: str | None = None
+    #: File with the password on its first line; or LIVEDRAFT_KAFKA__SASL_PASSWORD in the environment.
+    sasl_password_file: str | None = None
+    sasl_password: str | None = None
 
 
 class Trainer(_Section, frozen=True, kw_only=True):
@@ -156,7 +202,7 @@ class Swap(_Section, frozen=True, kw_only=True):
     #: Two-sided confidence of the bootstrap interval.
     confidence: float = 0.95
     #: Verify rounds observed after a swap before it is kept.
-    watch_rounds: int = 400
+    watch_rounds: int = 300
     #: Roll back when the observed accept length falls below this share both of the predicted one and of what the
     #: previous drafter showed (traffic that grows harder fails the prediction, but is no reason to go back).
     rollback_below: float = 0.9
@@ -183,6 +229,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     engine: Engine = Engine()
     gateway: Gateway = Gateway()
     traces: Traces = Traces()
+    kafka: Kafka = Kafka()
     trainer: Trainer = Trainer()
     swap: Swap = Swap()
     registry: Registry = Registry()
