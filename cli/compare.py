@@ -20,6 +20,10 @@ from rich.progress import track
 SIDES = ("no_speculation", "static", "live")
 #: Prompts served greedily during the run whose answers are made again without speculation.
 CHECKED = 240
+#: Share of the time for each temperature; the rest is for checking served answers.
+_SHARE = 0.42
+#: Prompts that warm every side up; and the fewest measured, and batches checked, however little time is left.
+_WARM_UP, _LEAST = 4, 6
 
 
 @dataclass(slots=True)
@@ -48,8 +52,13 @@ def compare(
     live: Path,
     stop: threading.Event,
     console: Console,
+    *,
+    seconds: float,
 ) -> Comparison:
-    """Batch 1, every prompt on every side in turn, first at temperature 0, then 0.7; then the greedy answers again."""
+    """Batch 1, every prompt on every side in turn, first at temperature 0, then 0.7; then the greedy answers again.
+
+    As many prompts as about ``seconds`` allow.
+    """
     found = Comparison()
     quiet = replace(settings.engine, draft_depth=0)
     engines = {
@@ -59,9 +68,11 @@ def compare(
         "day0": LocalEngine(settings.engine, drafter=day_0, drafter_version="day0"),
     }
     try:
-        for temperature in TEMPERATURES:
-            _interleave(engines, prompts, temperature, found, stop, console)
-        _check(engines["no_speculation"], served, found, stop, console)
+        started = time.monotonic()
+        for number, temperature in enumerate(TEMPERATURES):
+            until = started + (number + 1) * _SHARE * seconds
+            _interleave(engines, prompts, temperature, found, until, stop, console)
+        _check(engines["no_speculation"], served, found, started + seconds, stop, console)
     finally:
         for engine in engines.values():
             engine.close()
@@ -73,25 +84,27 @@ def _interleave(
     prompts: Sequence[str],
     temperature: float,
     found: Comparison,
+    until: float,
     stop: threading.Event,
     console: Console,
 ) -> None:
-    warm_up = 4
     for number, text in enumerate(
         track(prompts, description=f"comparing, temperature {temperature:g}", console=console)
     ):
+        if number >= _WARM_UP + _LEAST and time.monotonic() > until:
+            return
         sides = list(engines) if number % 2 else list(reversed(engines))
         outputs: dict[str, list[int]] = {}
         for side in sides:
             if stop.is_set():
                 return
-            if side == "day0" and number >= 2 * warm_up:
+            if side == "day0" and number >= 2 * _WARM_UP:
                 continue
             started = time.perf_counter()
             tokens, last = _generate(engines[side], [text], temperature, seed=number)[0]
             seconds = time.perf_counter() - started
             outputs[side] = tokens
-            if number >= warm_up or side == "day0":
+            if number >= _WARM_UP or side == "day0":
                 found.rates.setdefault((side, temperature), []).append(len(tokens) / seconds)
                 found.rounds.setdefault((side, temperature), []).append((last.output_tokens - 1, last.rounds))
         if temperature == 0:
@@ -100,13 +113,18 @@ def _interleave(
 
 
 def _check(
-    engine: LocalEngine, served: Sequence[Served], found: Comparison, stop: threading.Event, console: Console
+    engine: LocalEngine,
+    served: Sequence[Served],
+    found: Comparison,
+    until: float,
+    stop: threading.Event,
+    console: Console,
 ) -> None:
     """What was served greedily, through swaps and all, against the target alone."""
     greedy = [s for s in served if s.temperature == 0]
     chosen = greedy[:: max(1, len(greedy) // CHECKED)][:CHECKED]
     for at in track(range(0, len(chosen), 8), description="checking served answers", console=console):
-        if stop.is_set():
+        if stop.is_set() or (at >= 8 * _LEAST and time.monotonic() > until):
             return
         batch = chosen[at : at + 8]
         again = _generate(engine, [s.prompt for s in batch], 0.0, seed=0)

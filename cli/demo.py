@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-#: Seconds that everything but learning takes on two cores: start, comparison, report.
-_FIXED_S = 170.0
+#: Seconds for the comparison, and for stopping and the report.
+_COMPARE_S, _END_S = 150.0, 15.0
+_LEAST_MINUTES = 4.5
 #: Share of the learning time before the shift.
 _BEFORE = 0.33
 #: Prompts per domain kept from the traffic, for the comparison.
@@ -50,9 +51,9 @@ class Run:
 def demo(settings: Settings, minutes: float, out: Path) -> None:
     """Run it all; leaves ``report.json`` and ``report.png`` in ``out``."""
     console = Console()
-    learning = minutes * 60 - _FIXED_S
-    if learning < 60:
-        raise LivedraftError(f"--minutes {minutes:g} leaves no time to learn; {(_FIXED_S + 60) / 60:.0f} is the least")
+    ends = time.monotonic() + minutes * 60 - _END_S
+    if minutes < _LEAST_MINUTES:
+        raise LivedraftError(f"--minutes {minutes:g} leaves no time to learn; {_LEAST_MINUTES:g} is the least")
     out = out.resolve()
     settings, config = _own_settings(settings, out)
     run = Run()
@@ -61,6 +62,7 @@ def demo(settings: Settings, minutes: float, out: Path) -> None:
             f"MLflow registry: [bold]{settings.registry.url}[/]   endpoint: {wiring.gateway_url(settings)}/v1"
         )
         day_0 = wiring.day_0(settings)
+        learning = ends - _COMPARE_S - time.monotonic()  # what the start has left
         _drive(settings, run, "prose", learning * _BEFORE, stop, console)
         run.shifted_at = len(run.served)
         static, _ = wiring.live_drafter(settings, open_registry(settings.registry))
@@ -73,7 +75,15 @@ def demo(settings: Settings, minutes: float, out: Path) -> None:
         run.decisions = registry.decisions()
         # The trainer and the controller stay up: on a laptop they share the machine with serving, so they do here.
         comparison: Comparison = compare(
-            settings, run.served, held_out_prompts("code")[:KEPT], day_0, static, live, stop, console
+            settings,
+            run.served,
+            held_out_prompts("code")[:KEPT],
+            day_0,
+            static,
+            live,
+            stop,
+            console,
+            seconds=ends - time.monotonic(),
         )
         if stop.is_set():
             return

@@ -43,7 +43,7 @@ def up(
 @app.command()
 def demo(
     config: ConfigOption = None,
-    minutes: Annotated[float, typer.Option(help="Time for the whole run; learning gets what comparing leaves.")] = 9.0,
+    minutes: Annotated[float, typer.Option(help="Time for the whole run; learning gets what comparing leaves.")] = 9.5,
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.png and the run's state.")] = Path(
         "runs/demo"
     ),

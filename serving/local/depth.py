@@ -16,8 +16,9 @@ _CHEAPER_RATE, _DEARER_RATE = 0.3, 0.03
 #: A round in this many drafts to the full, to see what deeper drafts are worth now.  While drafting does not pay at
 #: all the pause doubles up to the second number: looking must not make serving slower than never speculating.
 _LOOK_EVERY, _LOOK_SELDOM = 24, 96
-#: Rounds after a swap that draft to the full, to learn what the new drafter is worth.
-_LEARN_ROUNDS = 16
+#: Rounds after a swap that draft to the full, to learn what the new drafter is worth; a watch over the requests of a
+#: small batch then has what it asks for at once, also where drafting does not pay yet.
+_LEARN_ROUNDS = 96
 
 
 class DepthControl:
