@@ -60,7 +60,7 @@ def sparse_forward_kl(
     ``hidden`` f[N, H]; ``weight`` f[V, H]; ``row_weight`` f[N], constant.  ``low_precision`` multiplies in
     bfloat16 (twice as fast where the CPU has it; logits keep 8 bits of mantissa).
     """
-    wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    wants = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _SparseForwardKL.apply
     return Divergence(*apply(hidden, weight, target, row_weight, chunk, low_precision, wants))
 
@@ -90,34 +90,35 @@ class _SparseForwardKL(torch.autograd.Function):
         row_weight: Tensor,
         chunk: int,
         low_precision: bool,
-        wants: bool,
+        wants: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = len(hidden)
         rows, normaliser, overlap = (hidden.new_empty(n) for _ in range(3))
         factor = torch.bfloat16 if low_precision else hidden.dtype
         hidden_, weight_ = hidden.to(factor), weight.to(factor)
-        grad_hidden = torch.empty_like(hidden) if wants else None
-        grad_weight = torch.zeros_like(weight) if wants else None
+        grad_hidden = torch.empty_like(hidden) if wants[0] else None
+        grad_weight = torch.zeros_like(weight) if wants[1] else None
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
             z = (hidden_[part] @ weight_.T).to(hidden.dtype)
             rows[part], normaliser[part], overlap[part] = _rows(z, target[part], row_weight[part])
-            if grad_hidden is not None and grad_weight is not None:
+            if any(wants):
                 g = z.to(factor)
+            if grad_hidden is not None:
                 grad_hidden[part] = g @ weight_
-                if low_precision:
-                    grad_weight += g.T @ hidden_[part]
-                else:
-                    grad_weight.addmm_(g.T, hidden_[part])
-        if wants:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            if grad_weight is not None and low_precision:
+                grad_weight += g.T @ hidden_[part]
+            elif grad_weight is not None:
+                grad_weight.addmm_(g.T, hidden_[part])
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(rows, normaliser, overlap)
         return (row_weight * rows).sum(), rows, normaliser, overlap
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_total * grad_hidden, grad_total * grad_weight, None, None, None, None, None
+        scaled = [None if g is None else grad_total * g for g in (grad_hidden, grad_weight)]
+        return *scaled, None, None, None, None, None
 
 
 def _rows(z: Tensor, target: TopK, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
