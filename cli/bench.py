@@ -25,9 +25,9 @@ def engine(
 
     Example: livedraft bench engine --json -
     """
-    from livedraft.cli import bench_engine
+    from livedraft.benchmarks import engine as benchmark
 
-    bench_engine.engine(json, target, threads, repeats)
+    benchmark.engine(json, target, threads, repeats)
 
 
 @app.command()
@@ -38,9 +38,9 @@ def capture(
 
     Example: livedraft bench capture --json -
     """
-    from livedraft.cli import bench_engine
+    from livedraft.benchmarks import capture as benchmark
 
-    bench_engine.capture(json, target, threads, repeats)
+    benchmark.capture(json, target, threads, repeats)
 
 
 @app.command()
@@ -51,6 +51,25 @@ def swap(
 
     Example: livedraft bench swap --json -
     """
-    from livedraft.cli import bench_engine
+    from livedraft.benchmarks import swap as benchmark
 
-    bench_engine.swap(json, target, threads, swaps)
+    benchmark.swap(json, target, threads, swaps)
+
+
+@app.command()
+def lossless(
+    json: JsonOption = None,
+    target: TargetOption = "bundled",
+    threads: ThreadsOption = 1,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts, of both domains in turn.")] = 200,
+    tokens: Annotated[int, typer.Option(help="Output tokens of each.")] = 48,
+) -> None:
+    """Greedy answers against transformers' generate: plain, chain and tree, single and batched, through hot swaps.
+
+    Takes about ten minutes. A difference where the two best logits are closer than 1e-4 counts as a tie.
+
+    Example: livedraft bench lossless --json -
+    """
+    from livedraft.benchmarks import lossless as benchmark
+
+    benchmark.lossless(json, target, threads, prompts, tokens)

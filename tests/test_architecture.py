@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "serving": {"contracts", "kernels", "traces"},
     "trainer": {"contracts", "kernels", "traces"},
     "swap": {"contracts", "traces"},
-    "cli": {"contracts", "kernels", "traces", "serving", "trainer", "swap"},
+    "cli": {"contracts", "kernels", "traces", "serving", "trainer", "swap", "benchmarks"},
+    "benchmarks": {"contracts", "kernels", "traces", "serving", "trainer", "swap", "cli"},
 }
 FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.py"))]
 
