@@ -152,7 +152,7 @@ class Trainer(_Section, frozen=True, kw_only=True):
     clip: float = 10.0
     #: Steps over which the learning rate rises to its constant value.
     warmup_steps: int = 10
-    #: Of matrix products (weights stay float32): "auto" takes bfloat16 where the processor multiplies it natively.
+    #: Of matrix products (weights stay float32): "auto" takes bfloat16 where the processor has tiles for it (AMX).
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Deepest unroll on the drafter's own outputs, reached as its chains grow longer; at least the serving depth.
     unroll: int = 5

@@ -58,7 +58,7 @@ def sparse_forward_kl(
     """Weighted sum of KL(target || softmax(hidden @ weight.T / temperature)) over rows.
 
     ``hidden`` f[N, H]; ``weight`` f[V, H]; ``row_weight`` f[N], constant.  ``low_precision`` multiplies in
-    bfloat16 (twice as fast where the CPU has it; logits keep 8 bits of mantissa).
+    bfloat16 (faster where the CPU has tiles for it, slower elsewhere; logits keep 8 bits of mantissa).
     """
     wants = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _SparseForwardKL.apply
