@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from livedraft.contracts.settings import Trainer
@@ -76,9 +78,10 @@ def test_in_bfloat16_it_is_torchs_muon() -> None:
     muon = Muon([ours], torch.bfloat16)
     muon.rate = 0.02
     reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    their_step: Callable[[], object] = reference.step
     for seed in range(4):
         gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(seed))
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         muon.step()
-        reference.step()
+        their_step()
     assert torch.equal(ours, theirs)
