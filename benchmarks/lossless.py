@@ -204,5 +204,5 @@ def _teach(settings: EngineSettings, prompts: Sequence[Prompt], tokens: int, fol
         learner.step()
         if step % (_STEPS // _SNAPSHOTS) == 0:
             snapshots.append(folder / str(step))
-            checkpoint.write(snapshots[-1], config, learner.drafter.to_arrays(), manifest)
+            checkpoint.write(snapshots[-1], config, learner.candidate(), manifest)
     return snapshots

@@ -143,7 +143,7 @@ class Trainer(_Section, frozen=True, kw_only=True):
     threads: int = 1
     #: OS niceness: serving goes first.
     nice: int = 15
-    #: AdamW: head, gains, and fc (there divided by the features' size).
+    #: AdamW: gains, the head, and fc (there divided by the features' size).
     learning_rate: float = 1e-3
     #: Muon: the matrices of the drafter's layer.
     matrix_learning_rate: float = 6e-3
@@ -158,9 +158,13 @@ class Trainer(_Section, frozen=True, kw_only=True):
     unroll: int = 5
     #: Weight of depth k is ``decay ** k``.
     decay: float = 0.8
+    #: Whether the head learns too, or stays the target's: a third of a step's products, for little.
+    head: Literal["frozen", "trained"] = "frozen"
+    #: Share of the past that each step leaves in the running mean of the weights, which is what is published.
+    average: float = 0.98
     #: Traces in a step: at most ``fresh_share`` of them new while others are left to fill it, ``rehearse_share``
     #: from long memory.
-    batch_traces: int = 8
+    batch_traces: int = 16
     fresh_share: float = 0.5
     rehearse_share: float = 0.125
     #: Tokens of a trace trained on at once; longer ones are cut.

@@ -11,11 +11,13 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from livedraft.contracts.messages import Delivery, Offsets, Record, Trace
 from livedraft.contracts.settings import Trainer as Settings
 from livedraft.traces.admission import held_out
 from livedraft.traces.arrays import to_numpy
+from livedraft.trainer.average import Average
 from livedraft.trainer.batch import pack
 from livedraft.trainer.evaluate import can_score
 from livedraft.trainer.lesson import Lesson, lesson
@@ -107,7 +109,9 @@ class Learner:
         )
         low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16())
         drafter.low_precision = low_precision
+        drafter.lm_head.weight.requires_grad_(settings.head == "trained")
         self._optimizer = Optimizer(drafter, settings)
+        self._average = Average(drafter, settings.average)
         self._accept_length = 1.0
         self._feature_rms = 0.0
         self._objective = Objective(
@@ -157,6 +161,7 @@ class Learner:
         torch.autograd.backward(found.total)
         self._feature_rms = self._feature_rms or float(batch.roots.features.square().mean().sqrt())
         if self._optimizer.step(self.steps, self._feature_rms):
+            self._average.update(self.steps)
             self._accept_length += 0.05 * (found.accept_length - self._accept_length)
         else:  # one batch that overflows must not cost all that was learned
             self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1
@@ -165,10 +170,16 @@ class Learner:
         self.tokens += batch.tokens
         return Step(float(found.total.detach()), found.accept_length, batch.tokens, batch.excluded)
 
+    def candidate(self) -> dict[str, np.ndarray]:
+        """Copies of what is worth publishing now, by tensor name: the averaged weights."""
+        arrays = self.drafter.to_arrays()
+        return arrays | {name: mean.numpy().copy() for name, mean in self._average.weights.items()}
+
     def state(self) -> tuple[LearnerState, dict[str, Tensor], list[Trace]]:
-        """Everything: the plain part, weights and optimiser moments by name, the traces in replay."""
+        """Everything: the plain part, weights, optimiser moments and averages by name, the traces in replay."""
         tensors = {f"drafter/{name}": t for name, t in self.drafter.state_dict().items()}
         tensors |= {f"optimizer/{name}": t for name, t in self._optimizer.state().items()}
+        tensors |= {f"average/{name}": t for name, t in self._average.weights.items()}
         plain = LearnerState(
             offsets=dict(self.offsets),
             steps=self.steps,
@@ -188,6 +199,7 @@ class Learner:
         """Become what ``state`` was taken of."""
         self.drafter.load_state_dict(_below("drafter/", tensors))
         self._optimizer.restore(_below("optimizer/", tensors))
+        self._average.restore(_below("average/", tensors))
         self._accept_length, self._feature_rms = plain.accept_length, plain.feature_rms
         self.offsets = dict(plain.offsets)
         self.steps, self.tokens, self._owed = plain.steps, plain.tokens, plain.owed

@@ -1,4 +1,4 @@
-"""How the drafter's weights move: Muon for its layer's matrices, AdamW for head, gains and ``fc``.
+"""How the drafter's weights move: Muon for its layer's matrices, AdamW for gains, ``fc`` and the head if it learns.
 
 Muon (Jordan 2024; Liu et al. 2025, arXiv 2502.16982) steps along the orthogonalised momentum, scaled here to the size
 of an AdamW step.  ``fc`` reads raw hidden states, whose size differs between targets by orders of magnitude, and
@@ -55,10 +55,10 @@ class Muon:
 
 
 class Optimizer:
-    """One step at a time; ``state`` and ``restore`` speak in parameter names."""
+    """One step at a time for what requires a gradient; ``state`` and ``restore`` speak in parameter names."""
 
     def __init__(self, drafter: Drafter, settings: Settings) -> None:
-        self._parameters = dict(drafter.named_parameters())
+        self._parameters = {name: p for name, p in drafter.named_parameters() if p.requires_grad}
         self._settings = settings
         matrices: list[Tensor] = []
         others: list[Tensor] = []

@@ -39,13 +39,13 @@ class Publisher:
         self._thread.start()
 
     def offer(self, learner: Learner, metrics: dict[str, float]) -> Path:
-        """Write the learner's drafter as a candidate folder and queue it for the registry; returns the folder.
+        """Write the learner's candidate as a folder and queue it for the registry; returns the folder.
 
         It is deleted once the registry has it, or a newer one has taken its place.
         """
         if not self._thread.is_alive():
             raise RuntimeError("the publisher's thread has died: nothing more would be published")
-        arrays = learner.drafter.to_arrays()
+        arrays = learner.candidate()
         manifest = Manifest(
             tensors=checkpoint.hash_tensors(arrays),
             target=learner.target.target,

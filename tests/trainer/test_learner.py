@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 from livedraft.contracts.messages import DeadLetter, Delivery, Features, Trace
 from livedraft.contracts.settings import Trainer
@@ -98,15 +99,55 @@ def test_rejections_of_old_drafters_are_dropped(drafter: Drafter, random_trace: 
     assert found._stale == {"0", "1", "2"}
 
 
-def test_the_step_moves_every_tensor_that_can_learn(drafter: Drafter, random_trace: TraceMaker) -> None:
-    found = learner(drafter)
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_the_step_moves_every_tensor_that_can_learn(drafter: Drafter, random_trace: TraceMaker, head: str) -> None:
+    found = learner(drafter, head=head)
     deliver(found, random_trace(1), random_trace(2))
     before = {name: p.detach().clone() for name, p in drafter.named_parameters()}
     step = found.step()
     assert step.tokens > 0
     assert step.accept_length >= 1
     for name, parameter in drafter.named_parameters():
-        assert not torch.equal(before[name], parameter), name
+        moved = not torch.equal(before[name], parameter)
+        assert moved == (head == "trained" or name != "lm_head.weight"), name
+
+
+def test_what_is_published_is_the_mean_of_the_path(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, average=0.25)
+    deliver(found, random_trace(1), random_trace(2), random_trace(3))
+    mean = {name: p.detach().clone() for name, p in drafter.named_parameters()}
+    for step in range(4):
+        found.step()
+        kept = min(0.25, (1 + step) / (10 + step))
+        mean = {name: kept * mean[name] + (1 - kept) * p.detach() for name, p in drafter.named_parameters()}
+    candidate = found.candidate()
+    assert set(candidate) == set(drafter.to_arrays())
+    for name, expected in mean.items():
+        np.testing.assert_allclose(candidate[name], expected.numpy(), rtol=1e-5, atol=1e-7)
+    assert not np.allclose(candidate["fc.weight"], drafter.fc.weight.detach().numpy(), rtol=1e-6, atol=0)
+
+
+def test_without_a_memory_the_last_step_is_published(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, average=0.0)
+    deliver(found, random_trace(1), random_trace(2))
+    found.step()
+    candidate, held = found.candidate(), drafter.to_arrays()
+    assert all((candidate[name] == held[name]).all() for name in held)
+
+
+def test_a_restart_goes_on_averaging_where_it_was(drafter: Drafter, random_trace: TraceMaker) -> None:
+    traces = [random_trace(n) for n in range(3)]
+    found = learner(drafter)
+    deliver(found, *traces)
+    found.step()
+    found.step()
+    plain, tensors, kept = found.state()
+    again = learner(Drafter(drafter.config, drafter.embedding))
+    again.restore(plain, {name: t.clone() for name, t in tensors.items()}, {t.trace_id: t for t in kept})
+    assert all((again.candidate()[name] == array).all() for name, array in found.candidate().items())
+    found.step()
+    again.step()
+    assert all((again.candidate()[name] == array).all() for name, array in found.candidate().items())
 
 
 def test_a_step_that_overflows_changes_nothing(drafter: Drafter, random_trace: TraceMaker) -> None:

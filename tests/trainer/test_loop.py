@@ -76,7 +76,7 @@ def test_what_is_learned_is_published_and_checkpointed(
     assert (manifest.steps, manifest.offsets, manifest.tokens_trained) == (learner.steps, {"0": 6}, learner.tokens)
     assert registry.versions()[-1].parent == "7"
     held = Drafter.from_checkpoint(folder, target.embedding).to_arrays()
-    assert all((held[name] == array).all() for name, array in learner.drafter.to_arrays().items())
+    assert all((held[name] == array).all() for name, array in learner.candidate().items())
     assert not list((tmp_path / "trainer" / "candidates").iterdir())
     progress = msgspec.json.decode((tmp_path / "trainer" / "progress.json").read_bytes(), type=Progress)
     assert (progress.steps, progress.published) == (learner.steps, candidate.version)
