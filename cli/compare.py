@@ -1,4 +1,8 @@
-"""The demo's comparison: no speculation, the drafter frozen at the shift, the live one; interleaved in one run."""
+"""The demo's comparison: no speculation, the drafter frozen at the shift, the live one; interleaved in one run.
+
+Speed is measured as served, with the draft depth that the engine chooses by goodput.  What a drafter is worth is
+measured apart, drafting to the full in every round: a depth chosen for speed says little of a drafter that is not used.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,11 @@ from rich.console import Console
 from rich.progress import track
 
 SIDES = ("no_speculation", "static", "live")
+DRAFTERS = ("day0", "static", "live")
 #: Prompts served greedily during the run whose answers are made again without speculation.
 CHECKED = 240
-#: Share of the time for each temperature; the rest is for checking served answers.
-_SHARE = 0.42
+#: Shares of the time until each part ends: speed at either temperature, then accept lengths, then served answers.
+_SPEED, _ACCEPT = (0.33, 0.66), 0.84
 #: Prompts that warm every side up; and the fewest measured, and batches checked, however little time is left.
 _WARM_UP, _LEAST = 4, 6
 
@@ -30,17 +35,26 @@ _WARM_UP, _LEAST = 4, 6
 class Comparison:
     """Everything measured by (side, temperature); a row per prompt, in the same order on every side."""
 
-    #: Tokens per second.
+    #: Tokens per second, as served.
     rates: dict[tuple[str, float], list[float]] = field(default_factory=dict)
-    #: (committed tokens, verify rounds).
-    rounds: dict[tuple[str, float], list[tuple[int, int]]] = field(default_factory=dict)
+    #: (committed tokens, verify rounds), as served and drafting to the full.
+    served: dict[tuple[str, float], list[tuple[int, int]]] = field(default_factory=dict)
+    full: dict[tuple[str, float], list[tuple[int, int]]] = field(default_factory=dict)
     checked: int = 0
     mismatches: int = 0
 
-    def accept_length(self, side: str, temperature: float) -> float:
-        """Over all prompts, bonus included."""
-        tokens, rounds = (sum(column) for column in zip(*self.rounds[side, temperature], strict=True))
-        return tokens / rounds if rounds else 1.0
+    def accept_length(self, drafter: str, temperature: float) -> float:
+        """Over all prompts, drafting to the full; bonus included."""
+        return _accept_length(self.full[drafter, temperature])
+
+    def served_accept_length(self, side: str, temperature: float) -> float:
+        """Over all prompts, with the depth that the engine chose."""
+        return _accept_length(self.served[side, temperature])
+
+
+def _accept_length(rounds: Sequence[tuple[int, int]]) -> float:
+    tokens, count = (sum(column) for column in zip(*rounds, strict=True))
+    return tokens / count if count else 1.0
 
 
 def compare(
@@ -60,26 +74,25 @@ def compare(
     As many prompts as about ``seconds`` allow.
     """
     found = Comparison()
+    folders = {"day0": day_0, "static": static, "live": live}
     quiet = replace(settings.engine, draft_depth=0)
-    engines = {
-        "no_speculation": LocalEngine(quiet),
-        "static": LocalEngine(settings.engine, drafter=static, drafter_version="static"),
-        "live": LocalEngine(settings.engine, drafter=live, drafter_version="live"),
-        "day0": LocalEngine(settings.engine, drafter=day_0, drafter_version="day0"),
-    }
+    eager = replace(settings.engine, adaptive_depth=False)
+    chosen = {side: LocalEngine(settings.engine, drafter=folders[side], drafter_version=side) for side in SIDES[1:]}
+    sides = {"no_speculation": LocalEngine(quiet)} | chosen
+    full = {name: LocalEngine(eager, drafter=folders[name], drafter_version=name) for name in DRAFTERS}
     try:
         started = time.monotonic()
-        for number, temperature in enumerate(TEMPERATURES):
-            until = started + (number + 1) * _SHARE * seconds
-            _interleave(engines, prompts, temperature, found, until, stop, console)
-        _check(engines["no_speculation"], served, found, started + seconds, stop, console)
+        for share, temperature in zip(_SPEED, TEMPERATURES, strict=True):
+            _speed(sides, prompts, temperature, found, started + share * seconds, stop, console)
+        _accept(full, prompts, found, started + _ACCEPT * seconds, stop, console)
+        _check(sides["no_speculation"], served, found, started + seconds, stop, console)
     finally:
-        for engine in engines.values():
+        for engine in [*sides.values(), *full.values()]:
             engine.close()
     return found
 
 
-def _interleave(
+def _speed(
     engines: dict[str, LocalEngine],
     prompts: Sequence[str],
     temperature: float,
@@ -88,28 +101,44 @@ def _interleave(
     stop: threading.Event,
     console: Console,
 ) -> None:
-    for number, text in enumerate(
-        track(prompts, description=f"comparing, temperature {temperature:g}", console=console)
-    ):
+    for number, text in enumerate(track(prompts, description=f"speed, temperature {temperature:g}", console=console)):
         if number >= _WARM_UP + _LEAST and time.monotonic() > until:
             return
-        sides = list(engines) if number % 2 else list(reversed(engines))
         outputs: dict[str, list[int]] = {}
-        for side in sides:
+        # Alternate who goes first: caches and clocks favour the second.
+        for side in list(engines) if number % 2 else list(reversed(engines)):
             if stop.is_set():
                 return
-            if side == "day0" and number >= 2 * _WARM_UP:
-                continue
             started = time.perf_counter()
             tokens, last = _generate(engines[side], [text], temperature, seed=number)[0]
             seconds = time.perf_counter() - started
             outputs[side] = tokens
-            if number >= _WARM_UP or side == "day0":
+            if number >= _WARM_UP:
                 found.rates.setdefault((side, temperature), []).append(len(tokens) / seconds)
-                found.rounds.setdefault((side, temperature), []).append((last.output_tokens - 1, last.rounds))
+                found.served.setdefault((side, temperature), []).append((last.output_tokens - 1, last.rounds))
         if temperature == 0:
             found.checked += len(outputs) - 1
             found.mismatches += sum(o != outputs["no_speculation"] for o in outputs.values())
+
+
+def _accept(
+    engines: dict[str, LocalEngine],
+    prompts: Sequence[str],
+    found: Comparison,
+    until: float,
+    stop: threading.Event,
+    console: Console,
+) -> None:
+    """Eight prompts together, every drafter at both temperatures: accept length does not depend on the batch."""
+    for at in track(range(0, len(prompts), 8), description="accept length at full depth", console=console):
+        if at and time.monotonic() > until:
+            return
+        for temperature in TEMPERATURES:
+            for name, engine in engines.items():
+                if stop.is_set():
+                    return
+                for _, last in _generate(engine, prompts[at : at + 8], temperature, seed=at):
+                    found.full.setdefault((name, temperature), []).append((last.output_tokens - 1, last.rounds))
 
 
 def _check(

@@ -32,7 +32,7 @@ from rich.table import Table
 _COMPARE_S, _END_S = 150.0, 15.0
 _LEAST_MINUTES = 4.5
 #: Share of the learning time before the shift.
-_BEFORE = 0.33
+_BEFORE = 0.28
 #: Prompts per domain kept from the traffic, for the comparison.
 KEPT = 28
 

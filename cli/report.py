@@ -60,6 +60,7 @@ def _at(run: Run, comparison: Comparison, temperature: float) -> dict[str, Any]:
             "day0": round(comparison.accept_length("day0", temperature), 3),
             "static": round(comparison.accept_length("static", temperature), 3),
             "final": round(comparison.accept_length("live", temperature), 3),
+            "served": round(comparison.served_accept_length("live", temperature), 3),
         },
         "tokens_per_second": {side: round(statistics.median(values), 1) for side, values in rates.items()},
         "speedup": {
@@ -112,6 +113,7 @@ def show(report: dict[str, Any], out: Path, registry: str, console: Console) -> 
         "accept length, day 0": [f"{r['accept_length']['day0']:.2f}" for r in both],
         "accept length, frozen at the shift": [f"{r['accept_length']['static']:.2f}" for r in both],
         "accept length, live": [f"{r['accept_length']['final']:.2f}" for r in both],
+        "  with the depth chosen for speed": [f"{r['accept_length']['served']:.2f}" for r in both],
         "tokens/s, no speculation": [f"{r['tokens_per_second']['no_speculation']:.0f}" for r in both],
         "tokens/s, frozen": [f"{r['tokens_per_second']['static']:.0f}" for r in both],
         "tokens/s, live": [f"{r['tokens_per_second']['live']:.0f}" for r in both],
@@ -177,7 +179,7 @@ def draw(run: Run, comparison: Comparison, place: Path) -> None:
         spots = [i + (offset - 0.5) * 0.38 for i in range(len(sides))]
         bars = bottom.bar(spots, heights, 0.36, yerr=spread, capsize=3, color=_COLOURS[temperature],
                           label=f"temperature {temperature:g}")  # fmt: skip
-        lengths = [comparison.accept_length(side, temperature) for side in sides]
+        lengths = [comparison.served_accept_length(side, temperature) for side in sides]
         bottom.bar_label(bars, [f"{h:.0f}\nAL {a:.2f}" for h, a in zip(heights, lengths, strict=True)],
                          label_type="center", color="white", fontsize=9)  # fmt: skip
     bottom.set_xticks(range(len(sides)), list(sides.values()))
