@@ -1,4 +1,4 @@
-"""Serving's end of the stream: takes a trace in microseconds, writes it on its own thread, drops before it waits."""
+"""Serving's end of the stream: takes a trace in microseconds, encodes it on its own thread, drops before it waits."""
 
 from __future__ import annotations
 
@@ -7,102 +7,158 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Protocol
 
-from livedraft.contracts.errors import SettingsError, TraceError
+from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.messages import Record, Trace
 from livedraft.traces.arrays import tensor_bytes
-from livedraft.traces.chunks import MIN_MESSAGE_BYTES, split
-from livedraft.traces.codec import encode
+from livedraft.traces.chunks import MIN_MESSAGE_BYTES
+from livedraft.traces.parcel import Parcel, pack
 from livedraft.traces.redaction import NoRedaction, Redactor
-from livedraft.traces.spool import SYNC_INTERVAL_S, SpoolWriter
 
 log = logging.getLogger(__name__)
 
 #: Seconds that ``close`` grants the write in progress, after its timeout.
 LAST_WRITE_S = 1.0
+#: What becomes of a parcel that is not dropped.
+WRITTEN, SPILLED = "written", "spilled"
+
+#: Told once what became of a parcel: WRITTEN, SPILLED, or the reason it was dropped.
+Settle = Callable[[str], None]
 
 
 class SinkCounters(Record, frozen=True, kw_only=True):
-    """What became of the traces offered.  ``offered`` is ``written`` + all ``dropped`` + those still ``waiting``."""
+    """What became of the traces offered: ``offered`` = ``written`` + ``spilled`` + all ``dropped`` + ``waiting``."""
 
     offered: int
+    #: On disk for a spool, acknowledged for a broker.
     written: int
+    #: In memory: in line, being encoded, or sent and not acknowledged.
     waiting: int
-    #: Reason -> traces: "full" (buffer), "consent", "redacted", "disk", "error" (ours), "closed".
+    #: Reason -> traces: "full" (buffer), "consent", "redacted", "disk", "broker" (refused, or no acknowledgement in
+    #: time), "spill" (full, or its disk failed), "error" (ours), "closed".
     dropped: dict[str, int]
-    #: Bytes written, before framing; and bytes of tensors that wait.
+    #: Bytes written, before framing; and bytes in memory, those on their way to a broker included.
     written_bytes: int
     waiting_bytes: int
+    in_flight_bytes: int = 0
+    #: Laid down on disk because the broker was away, and of those (an earlier process's included) acknowledged since.
+    spilled: int = 0
+    backfilled: int = 0
+    #: In the spill now.  What is neither there nor back-filled was refused, or could not be read (see the log).
+    lag: int = 0
+    #: Seconds since the end of the oldest request that the broker has not acknowledged.
+    age_s: float = 0.0
 
 
-class SpoolSink:
-    """``TraceSink`` onto a spool.  Any thread may offer.
+class Outlet(Protocol):
+    """Where parcels go.  All on the sink's thread but ``hurry`` and the properties."""
 
-        sink = SpoolSink(lambda: SpoolWriter(folder))
+    @property
+    def refusal(self) -> str | None:
+        """Why a parcel would be dropped now, or None: asked before a trace is encoded in vain."""
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes taken by ``put`` that are still in memory."""
+
+    @property
+    def backfilled(self) -> int:
+        """Parcels of the spill that have been acknowledged."""
+
+    @property
+    def lag(self) -> int:
+        """Parcels in the spill."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the end of the oldest request whose parcel has not been written or acknowledged."""
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without a parcel after which ``pause`` is called."""
+
+    def put(self, parcel: Parcel, settle: Settle) -> None:
+        """Take a parcel; ``settle`` is called once, now or later, and never raises."""
+
+    def pause(self) -> None:
+        """Nothing to put for the moment."""
+
+    def hurry(self, deadline: float) -> None:
+        """Wait for nothing beyond ``deadline`` (``time.monotonic``) from now on."""
+
+    def close(self) -> None:
+        """Settle what was put, release files and threads."""
+
+
+class QueuedSink:
+    """``TraceSink`` in front of an outlet.  Any thread may offer.
+
+        sink = QueuedSink(outlet)
         sink.offer(trace)     # serving's thread: enqueues, a few microseconds
         sink.close()
 
-    A disk that fails costs traces, never an exception: they are counted as "disk" until a try every ``retry_s``
-    seconds succeeds.  Raises TraceError when another process writes the spool, SettingsError for settings that
-    cannot work.
+    At most ``buffer_bytes`` of traces are in memory, in line or in the outlet's hands; beyond that they are dropped.
+    Raises SettingsError for settings that cannot work.
     """
 
     def __init__(
         self,
-        open_writer: Callable[[], SpoolWriter],
+        outlet: Outlet,
         *,
         buffer_bytes: int = 64 << 20,
         message_bytes: int = 1 << 20,
         redactor: Redactor | None = None,
-        retry_s: float = 1.0,
     ) -> None:
         if message_bytes < MIN_MESSAGE_BYTES:
             raise SettingsError(f"traces.message_bytes is {message_bytes}, expected at least {MIN_MESSAGE_BYTES}")
-        self._open_writer = open_writer
+        self._outlet = outlet
         self._buffer_bytes = buffer_bytes
         self._message_bytes = message_bytes
         self._redactor = redactor or NoRedaction()
-        self._retry_s = retry_s
-        self._retry_at = 0.0
-        self._writer: SpoolWriter | None = None
-        self._waiting: deque[Trace] = deque()
-        self._waiting_bytes = 0
-        self._in_hand = 0
+        self._line: deque[Trace] = deque()
+        #: In line or in hand.
+        self._line_bytes = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._offered = self._written = self._written_bytes = 0
+        self._offered = self._written_bytes = 0
+        self._kept: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
-        try:
-            self._open()  # here, so that a second writer is told at once
-        except OSError as error:
-            self._refused(error)
         self._thread = threading.Thread(target=self._run, name="trace-sink", daemon=True)
         self._thread.start()
 
     def offer(self, trace: Trace) -> bool:
         """Take a trace without blocking; False when it was dropped (and counted)."""
         size = tensor_bytes(trace)
+        held = self._outlet.in_flight_bytes
         with self._changed:
             self._offered += 1
-            reason = "closed" if self._closed else "full" if self._waiting_bytes + size > self._buffer_bytes else None
+            full = self._line_bytes + held + size > self._buffer_bytes
+            reason = "closed" if self._closed else "full" if full else None
             if reason:
                 self._dropped[reason] += 1
                 return False
-            self._waiting.append(trace)
-            self._waiting_bytes += size
+            self._line.append(trace)
+            self._line_bytes += size
             self._changed.notify()
             return True
 
     def counters(self) -> SinkCounters:
         """A snapshot."""
+        held, backfilled, lag = self._outlet.in_flight_bytes, self._outlet.backfilled, self._outlet.lag
         with self._changed:
             return SinkCounters(
                 offered=self._offered,
-                written=self._written,
-                waiting=len(self._waiting) + self._in_hand,
+                written=self._kept[WRITTEN],
+                waiting=self._offered - self._kept.total() - self._dropped.total(),
                 dropped=dict(self._dropped),
                 written_bytes=self._written_bytes,
-                waiting_bytes=self._waiting_bytes,
+                waiting_bytes=self._line_bytes + held,
+                in_flight_bytes=held,
+                spilled=self._kept[SPILLED],
+                backfilled=backfilled,
+                lag=lag,
+                age_s=self._outlet.age_s,
             )
 
     @property
@@ -113,95 +169,68 @@ class SpoolSink:
 
     def close(self, timeout: float = 5.0) -> None:
         """Write what was taken, within ``timeout`` seconds (the rest counts as "closed").  Safe to call twice."""
+        self._outlet.hurry(time.monotonic() + timeout)
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout)
         with self._changed:
-            if self._waiting:
-                self._dropped["closed"] += len(self._waiting)
-                self._waiting.clear()
-                self._waiting_bytes = 0
+            if self._line:
+                self._dropped["closed"] += len(self._line)
+                self._line_bytes -= sum(map(tensor_bytes, self._line))
+                self._line.clear()
         self._thread.join(LAST_WRITE_S)
 
     def _run(self) -> None:
         while not self._done:
             if trace := self._take():
-                self._settle(trace, self._process(trace))
-            elif self._writer is not None:
-                self._on_disk(self._writer.sync_if_due)
-        if self._writer is not None:
-            self._on_disk(self._writer.close)
+                try:
+                    self._process(trace)
+                finally:
+                    with self._changed:
+                        self._line_bytes -= tensor_bytes(trace)
+            else:
+                self._outlet.pause()
+        self._outlet.close()
 
     @property
     def _done(self) -> bool:
         with self._changed:
-            return self._closed and not self._waiting
+            return self._closed and not self._line
 
     def _take(self) -> Trace | None:
-        """The next trace; None after a second without one, or when the sink is closed and empty."""
+        """The next trace; None when there was none for a while, or when the sink is closed and empty."""
         with self._changed:
-            if not self._waiting and not self._closed:
-                self._changed.wait(SYNC_INTERVAL_S)
-            if not self._waiting:
-                return None
-            self._in_hand = 1
-            return self._waiting.popleft()
+            if not self._line and not self._closed:
+                self._changed.wait(self._outlet.patience_s)
+            return self._line.popleft() if self._line else None
 
-    def _settle(self, trace: Trace, reason: str | None) -> None:
-        with self._changed:
-            self._in_hand = 0
-            self._waiting_bytes = max(0, self._waiting_bytes - tensor_bytes(trace))
-            if reason:
-                self._dropped[reason] += 1
-            else:
-                self._written += 1
-
-    def _process(self, trace: Trace) -> str | None:
-        """Write one trace; the reason when it was dropped."""
+    def _process(self, trace: Trace) -> None:
         if not trace.consent:
-            return "consent"
-        if time.monotonic() < self._retry_at:
-            return "disk"
+            return self._drop("consent")
+        if reason := self._outlet.refusal:
+            return self._drop(reason)
         try:
             if self._redactor.finds(trace) is not None:
-                return "redacted"
-            messages = split(
-                encode(trace),
-                key=trace.request_id,
-                trace_id=trace.trace_id,
-                message_bytes=self._message_bytes,
-            )
+                return self._drop("redacted")
+            parcel = pack(trace, self._message_bytes)
         except Exception:
             # A boundary: the redactor is the caller's code.  What could not be checked is not written, and one
             # bad trace does not end the thread that writes all others.
             log.exception("trace %s dropped", trace.trace_id)
-            return "error"
-        return None if self._on_disk(lambda: self._append(messages)) else "disk"
+            return self._drop("error")
+        size = parcel.size
 
-    def _append(self, messages: list[bytes]) -> None:
-        if self._writer is None:
-            self._open()
-        assert self._writer is not None
-        self._writer.append(messages)
-        self._written_bytes += sum(map(len, messages))
-        if self._retry_at:
-            log.warning("traces are written again")
-            self._retry_at = 0.0
+        def settle(fate: str) -> None:
+            if fate not in (WRITTEN, SPILLED):
+                return self._drop(fate)
+            with self._changed:
+                self._kept[fate] += 1
+                self._written_bytes += size
 
-    def _open(self) -> None:
-        self._writer = self._open_writer()
+        self._outlet.put(parcel, settle)
+        return None
 
-    def _on_disk(self, action: Callable[[], object]) -> bool:
-        """Do something that the disk may refuse; after a refusal, nothing is tried for ``retry_s``."""
-        try:
-            action()
-        except (OSError, TraceError) as error:
-            self._refused(error)
-            return False
-        return True
-
-    def _refused(self, error: Exception) -> None:
-        if not self._retry_at:
-            log.warning("traces are dropped, trying again every %g s: %s", self._retry_s, error)
-        self._retry_at = time.monotonic() + self._retry_s
+    def _drop(self, reason: str) -> None:
+        with self._changed:
+            self._dropped[reason] += 1

@@ -15,6 +15,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -124,6 +125,17 @@ class SpoolWriter:
         else:
             self.sync_if_due()
         return self.next_offset - 1
+
+    def trim(self, offset: int) -> None:
+        """Delete the segments whose records all lie before ``offset``.  Raises OSError."""
+        if offset >= self.next_offset and self._end:
+            self._begin_segment()  # so that the one being written to can go, too
+        bases = sorted(self._sizes)
+        for base, following in pairwise(bases):
+            if following > offset:
+                break
+            segment_path(self.folder, base).unlink(missing_ok=True)
+            del self._sizes[base]
 
     def sync(self) -> None:
         """Make everything appended durable now.  Raises OSError."""

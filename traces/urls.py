@@ -7,9 +7,9 @@ from pathlib import Path
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.settings import Traces
 from livedraft.traces.redaction import Redactor
-from livedraft.traces.sink import SpoolSink
 from livedraft.traces.source import SpoolSource
 from livedraft.traces.spool import SpoolWriter
+from livedraft.traces.spool_sink import SpoolSink
 
 KNOWN = ("spool://",)
 

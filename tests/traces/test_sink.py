@@ -15,9 +15,9 @@ from livedraft.contracts.errors import SettingsError, TraceError
 from livedraft.contracts.messages import Trace
 from livedraft.traces.arrays import tensor_bytes
 from livedraft.traces.redaction import PatternRedaction
-from livedraft.traces.sink import SpoolSink
 from livedraft.traces.source import SpoolSource
 from livedraft.traces.spool import RealDisk, SpoolWriter
+from livedraft.traces.spool_sink import SpoolSink
 
 
 class FailingDisk(RealDisk):
@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_used_at_first_is_tried_again(tmp_path: Path, ma
 LIMITED = """
 import importlib.util, resource, sys, time
 from pathlib import Path
-from livedraft.traces.sink import SpoolSink
+from livedraft.traces.spool_sink import SpoolSink
 from livedraft.traces.spool import SpoolWriter
 
 spec = importlib.util.spec_from_file_location("traces_conftest", sys.argv[2])

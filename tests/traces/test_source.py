@@ -13,9 +13,9 @@ from livedraft.traces.chunks import split
 from livedraft.traces.codec import encode
 from livedraft.traces.memory import MemoryStream
 from livedraft.traces.replay import replay
-from livedraft.traces.sink import SpoolSink
 from livedraft.traces.source import SpoolSource
 from livedraft.traces.spool import SpoolWriter
+from livedraft.traces.spool_sink import SpoolSink
 
 Open = Callable[[], TraceSource]
 
