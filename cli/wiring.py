@@ -118,9 +118,12 @@ def serve(settings: Settings, drafter: Path, version: str) -> None:
 
     # A stream of tokens must not wait for a thread that computes: hand the interpreter over sooner.
     sys.setswitchinterval(0.0005)
-    with contextlib.closing(open_sink(settings.traces, _redactor(settings))) as sink:
+    with contextlib.closing(open_sink(settings.traces, _redactor(settings), settings.kafka)) as sink:
         engine = build_engine(settings, drafter, version, sink)
-        answer(create_app(engine, settings.gateway, engine.name, opted_out=settings.traces.opted_out), settings.gateway)
+        app = create_app(
+            engine, settings.gateway, engine.name, opted_out=settings.traces.opted_out, stream=sink.counters
+        )
+        answer(app, settings.gateway)
 
 
 def _redactor(settings: Settings) -> Redactor:
@@ -139,7 +142,7 @@ def train(settings: Settings) -> None:
 
     registry = open_registry(settings.registry)
     folder, live = live_drafter(settings, registry)
-    with contextlib.closing(open_source(settings.traces, "trainer")) as source:
+    with contextlib.closing(open_source(settings.traces, "trainer", settings.kafka)) as source:
         process.main(
             settings.trainer,
             target_folder=targets.find(settings.engine.target),
@@ -178,6 +181,6 @@ def control(settings: Settings, stop: threading.Event) -> None:
         engine_can_stop=settings.engine.adaptive_depth,
     )
     replay = DraftReplay(targets.find(settings.engine.target), settings.engine.draft_depth)
-    with contextlib.closing(open_source(settings.traces, "controller")) as source:
+    with contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source:
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
         Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)).run(stop)

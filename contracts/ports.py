@@ -44,7 +44,16 @@ class TraceSource(Protocol):
     """One consumer's view of the stream."""
 
     def seek(self, offsets: Offsets) -> None:
-        """Continue from ``offsets`` (next to read).  Absent partitions start at their oldest record."""
+        """Continue from ``offsets`` (next to read).
+
+        Absent partitions start at their oldest record; those that a group shares start where it has committed.
+        """
+
+    def on_release(self, save: Callable[[], None]) -> None:
+        """``save`` is called, within ``poll``, before partitions go to another consumer of the group.
+
+        It should make durable what was used of them, and commit.  A stream that is not shared never calls it.
+        """
 
     def poll(self, timeout: float = 0.0, limit: int = 256) -> list[Delivery]:
         """Up to ``limit`` items, waiting at most ``timeout`` seconds for the first one.  Never raises for bad data."""

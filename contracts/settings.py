@@ -118,6 +118,9 @@ class Kafka(_Section, frozen=True, kw_only=True):
     spill: str | None = None
     #: Size of the spill from which on traces are dropped.
     spill_bytes: int = 2 << 30
+    #: Name of this consumer within its group, the same after a restart ("": the host's).  Ranks of a trainer that
+    #: share a host need one each: LIVEDRAFT_KAFKA__MEMBER=rank1.
+    member: str = ""
     #: Seconds without a heartbeat after which a consumer's partitions go to the others of its group.
     session_timeout_s: float = 45.0
     #: Consumer group that copies unreadable records to ``<prefix>.dead``; one, so that each is copied once.

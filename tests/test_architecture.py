@@ -60,6 +60,16 @@ def test_no_folder_of_the_repository_is_a_top_level_package() -> None:
         assert not (ROOT / package / "__init__.py").exists()
 
 
+def test_only_one_file_knows_the_kafka_client() -> None:
+    users = {p.relative_to(ROOT).as_posix() for p in FILES if "kafka" in {name.split(".")[0] for name in imports(p)}}
+    assert users <= {"traces/kafka.py"}
+
+
+def test_a_spool_needs_no_kafka_client() -> None:
+    code = "import sys, livedraft.traces.urls, livedraft.cli.main\nassert 'kafka' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_no_drawers() -> None:
     names = {p.stem for p in FILES}
     assert not names & {"utils", "util", "common", "base", "manager", "helpers", "misc"}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from livedraft.contracts.errors import StreamUnavailable
+from livedraft.contracts.errors import LivedraftError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class Connecting(Generic[C]):
         if connection := connecting.poll():
             ...
 
-    ``connect`` raises StreamUnavailable; it is tried again after ``retry_s`` seconds, and the failure logged once.
+    ``connect`` raises a LivedraftError while there is none; it is tried again after ``retry_s`` seconds, and the
+    failure logged once.
     """
 
     def __init__(self, connect: Callable[[], C], retry_s: float) -> None:
@@ -72,7 +73,7 @@ class Connecting(Generic[C]):
     def _make(self) -> None:
         try:
             made = self._connect()
-        except StreamUnavailable as error:
+        except LivedraftError as error:
             if str(error) != self._complaint:
                 log.warning("%s; trying again every %g s", error, self._retry_s)
             self._complaint = str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Trace
 from livedraft.traces.source import PARTITION
@@ -88,6 +89,9 @@ class MemorySource:
     def seek(self, offsets: Offsets) -> None:
         """As ``TraceSource.seek``."""
         self._next = offsets.get(PARTITION, 0)
+
+    def on_release(self, save: Callable[[], None]) -> None:
+        """One consumer has it all."""
 
     def poll(self, timeout: float = 0.0, limit: int = 256) -> list[Delivery]:
         """As ``TraceSource.poll``."""

@@ -48,6 +48,9 @@ class SpoolSource:
         self._reader.seek(offsets.get(PARTITION, 0))
         self._assembler = Assembler()
 
+    def on_release(self, save: Callable[[], None]) -> None:
+        """One consumer of a group has the whole spool."""
+
     def poll(self, timeout: float = 0.0, limit: int = 256) -> list[Delivery]:
         """Up to ``limit`` items, waiting at most ``timeout`` seconds for the first.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from livedraft.traces.frames import HEADER_BYTES
 from livedraft.traces.groups import GroupOffsets
 from livedraft.traces.parcel import Parcel, dump, load
 from livedraft.traces.reader import Hole, SpoolReader
@@ -65,7 +66,7 @@ class Spill:
     def append(self, parcel: Parcel) -> bool:
         """Lay a parcel down; False when the spill is full.  Raises OSError."""
         record = dump(parcel)
-        if self._writer.stored_bytes + len(record) > self._max_bytes:
+        if self._writer.stored_bytes + len(record) + HEADER_BYTES > self._max_bytes:
             return False
         self._writer.append([record])
         return True

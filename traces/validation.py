@@ -101,8 +101,9 @@ def _ids(name: str, array: Array, length: int | None = None) -> NDArray[Any]:
 
 def _array(name: str, array: Array, dtypes: tuple[DType, ...], shape: tuple[int | None, ...]) -> NDArray[Any]:
     fits = len(array.shape) == len(shape) and all(want in (None, n) for want, n in zip(shape, array.shape, strict=True))
-    wanted = f"{'/'.join(dtypes)}[{','.join('*' if n is None else str(n) for n in shape)}]"
-    _require(array.dtype in dtypes and fits, name, f"is {describe(array)}, expected {wanted}")
+    if not fits or array.dtype not in dtypes:  # spelled only here: a trace has dozens of arrays
+        wanted = f"{'/'.join(dtypes)}[{','.join('*' if n is None else str(n) for n in shape)}]"
+        raise CorruptRecord(f"{name}: is {describe(array)}, expected {wanted}")
     return to_numpy(array)
 
 

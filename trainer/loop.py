@@ -57,6 +57,12 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.load(learner)
+
+    def save() -> None:
+        checkpoints.save(learner)
+        source.commit(learner.offsets)
+
+    source.on_release(save)
     source.seek(learner.offsets)
     publisher = Publisher(registry, folder / "candidates", parent=parent)
     report = _Report(folder / "progress.json", learner, source, publisher)
@@ -73,11 +79,9 @@ def run(
             publisher.offer(learner, report.metrics)
             published_at = learner.steps
         if checkpoint_due():
-            checkpoints.save(learner)
-            source.commit(learner.offsets)
+            save()
         report()
-    checkpoints.save(learner)
-    source.commit(learner.offsets)
+    save()
     if learner.steps > published_at:
         publisher.offer(learner, report.metrics)
     publisher.close()

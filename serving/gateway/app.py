@@ -27,11 +27,12 @@ from livedraft.serving.gateway.errors import ModelNotFound
 from livedraft.serving.gateway.generations import generations, labels
 from livedraft.serving.gateway.keys import Keys, load_keys, require_admin
 from livedraft.serving.gateway.limits import BodyLimit
-from livedraft.serving.gateway.metrics import Metrics, Observed
+from livedraft.serving.gateway.metrics import Metrics, Observed, StreamCollector
 from livedraft.serving.gateway.responses import Answer, ChatRendering, CompletionRendering, Rendering
 from livedraft.serving.gateway.schema import UNSUPPORTED, ChatRequest, CompletionRequest, decode
 from livedraft.serving.gateway.stream import EventStream, submitted, while_connected
 from livedraft.serving.gateway.traffic import Traffic
+from livedraft.traces.sink import SinkCounters
 from prometheus_client.exposition import choose_encoder
 from starlette.concurrency import run_in_threadpool
 
@@ -43,13 +44,16 @@ def create_app(
     *,
     opted_out: Collection[str] = (),
     environ: Mapping[str, str] = os.environ,
+    stream: Callable[[], SinkCounters] | None = None,
 ) -> FastAPI:
     """The endpoint in front of ``engine``, which it neither starts nor closes.
 
-    ``opted_out`` are the tenants whose requests are never traced.  Raises SettingsError for an unusable file
-    of keys.
+    ``opted_out`` are the tenants whose requests are never traced; ``stream`` counts what became of the traces, for
+    ``/metrics``.  Raises SettingsError for an unusable file of keys.
     """
     endpoint = Endpoint(engine, settings, model_name, load_keys(settings.api_keys_file, environ), opted_out)
+    if stream is not None:
+        endpoint.metrics.registry.register(StreamCollector(stream))
     app = FastAPI(title="livedraft", openapi_url=None)
     app.state.endpoint = endpoint
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)

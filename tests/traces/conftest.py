@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from livedraft.contracts.messages import Features, Rounds, Sampling, Trace
+from livedraft.contracts.settings import Kafka
 from livedraft.traces.arrays import from_numpy
 
 
@@ -99,3 +103,23 @@ def any_trace() -> st.SearchStrategy[Trace]:
         started_at=st.floats(0, 1e12),
         finish_reason=st.sampled_from(["stop", "length", "cancelled", "error"]),
     )
+
+
+@pytest.fixture(scope="session")
+def broker_address() -> Iterator[str]:
+    """host:port of a broker: the one in LIVEDRAFT_TEST_KAFKA, else one that is started.  Its absence is a failure."""
+    from livedraft.cli.local_broker import memory_broker
+
+    if given := os.environ.get("LIVEDRAFT_TEST_KAFKA"):
+        yield given
+        return
+    with memory_broker() as broker:
+        yield broker.address
+
+
+@pytest.fixture
+def kafka_settings() -> Callable[..., Kafka]:
+    """Settings with topics of one's own, and timeouts of a test."""
+    prefix = f"test-{uuid.uuid4().hex[:8]}"
+    given: dict[str, Any] = {"prefix": prefix, "partitions": 4, "session_timeout_s": 2.0}
+    return lambda **more: Kafka(**(given | more))

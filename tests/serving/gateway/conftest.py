@@ -11,6 +11,7 @@ import pytest
 from livedraft.contracts.settings import Gateway
 from livedraft.serving.gateway.app import Endpoint, create_app
 from livedraft.serving.gateway.server import DrainingServer, running
+from livedraft.traces.sink import SinkCounters
 
 from .fake_engine import FakeEngine
 
@@ -35,11 +36,14 @@ class Served:
 
 @contextmanager
 def serve(
-    engine: FakeEngine | None = None, environ: dict[str, str] | None = None, **settings: object
+    engine: FakeEngine | None = None,
+    environ: dict[str, str] | None = None,
+    stream: Callable[[], SinkCounters] | None = None,
+    **settings: object,
 ) -> Iterator[Served]:
     engine = engine or FakeEngine()
     gateway = Gateway(port=0, **settings)  # type: ignore[arg-type]  # whatever a test sets
-    app = create_app(engine, gateway, "fake", opted_out=("shy",), environ=environ or {})
+    app = create_app(engine, gateway, "fake", opted_out=("shy",), environ=environ or {}, stream=stream)
     with running(app, gateway) as server, httpx.Client(base_url=server.url, timeout=20) as http:
         yield Served(engine, server, http)
 

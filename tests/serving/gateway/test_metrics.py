@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from livedraft.contracts import metrics as names
+from livedraft.traces.sink import SinkCounters
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as text_string_to_openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
@@ -39,6 +40,34 @@ def test_the_engines_counters_are_read_at_each_scrape(start: Serve, chat: dict[s
     assert samples[names.TRACES_OFFERED + "_total", ()] == 5
     assert samples[names.TRACES_DROPPED + "_total", ()] == 1
     assert samples[names.DRAFTER_INFO + "_info", (("checksum", "c7"), ("version", "7"))] == 1
+
+
+def test_what_became_of_the_traces_is_read_from_the_sink(start: Serve) -> None:
+    seen = SinkCounters(
+        offered=20,
+        written=7,
+        waiting=2,
+        dropped={"full": 3, "broker": 1},
+        written_bytes=700,
+        waiting_bytes=200,
+        in_flight_bytes=150,
+        spilled=7,
+        backfilled=4,
+        lag=3,
+        age_s=1.5,
+    )
+    served = start(stream=lambda: seen)
+    samples = scrape(served)
+    assert samples[names.STREAM_WRITTEN + "_total", ()] == 7
+    assert samples[names.STREAM_WRITTEN_BYTES + "_total", ()] == 700
+    assert samples[names.STREAM_DROPPED + "_total", (("reason", "full"),)] == 3
+    assert samples[names.STREAM_DROPPED + "_total", (("reason", "broker"),)] == 1
+    assert samples[names.STREAM_SPILLED + "_total", ()] == 7
+    assert samples[names.STREAM_BACKFILLED + "_total", ()] == 4
+    assert samples[names.STREAM_SPILL_LAG, ()] == 3
+    assert samples[names.STREAM_WAITING_BYTES, ()] == 200
+    assert samples[names.STREAM_IN_FLIGHT_BYTES, ()] == 150
+    assert samples[names.STREAM_AGE_SECONDS, ()] == 1.5
 
 
 def test_requests_are_counted_and_timed_by_route_and_status(start: Serve, chat: dict[str, Any]) -> None:
