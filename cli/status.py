@@ -175,21 +175,47 @@ def _trainer(settings: Settings) -> Answer:
 
 def _traces(settings: Settings) -> Answer:
     from livedraft.traces.segments import usage
-    from livedraft.traces.urls import open_source, spool_folder
+    from livedraft.traces.urls import KAFKA, open_source, spool_folder
 
-    folder = spool_folder(settings.traces.url)
+    url = settings.traces.url
+    if url.startswith(KAFKA):
+        return _topic(settings)
+    folder = spool_folder(url)
     held = usage(folder)
     lags = {}
     for path in sorted(folder.glob("groups/*.json")):
         with contextlib.closing(open_source(settings.traces, path.stem)) as source:
             lags[path.stem] = source.lag()
     return Answer(
-        held._asdict() | {"url": settings.traces.url, "lag": lags},
+        held._asdict() | {"url": url, "lag": lags},
         [
             f"{held.end - held.oldest} records (from {held.oldest} on), {held.bytes / 1e6:.1f} MB in "
-            f"{held.segments} segments at {settings.traces.url}",
+            f"{held.segments} segments at {url}",
             "records not committed yet: "
             + (", ".join(f"{group} {lag}" for group, lag in lags.items()) or "no consumers"),
+        ],
+    )
+
+
+def _topic(settings: Settings) -> Answer:
+    from livedraft.cli.stream_view import view
+    from livedraft.traces.urls import open_source
+
+    held = view(settings).held()
+    lags = {}
+    for group in ("trainer", "controller"):
+        with contextlib.closing(open_source(settings.traces, group, settings.kafka)) as source:
+            lags[group] = source.lag()  # never polled: it does not join the group
+    messages = sum(bounds.end - bounds.oldest for bounds in held.values())
+    return Answer(
+        {
+            "url": settings.traces.url,
+            "partitions": {name: bounds._asdict() for name, bounds in held.items()},
+            "lag": lags,
+        },
+        [
+            f"{messages} messages in {len(held)} partitions at {settings.traces.url}",
+            "messages not committed yet: " + ", ".join(f"{group} {lag}" for group, lag in lags.items()),
         ],
     )
 

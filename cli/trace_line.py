@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from livedraft.cli.console import printable
 from livedraft.contracts.messages import DeadLetter, Delivery, Record, Trace
 from livedraft.traces.arrays import to_numpy
+from livedraft.traces.source import PARTITION
 from livedraft.traces.stats import summarize
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ class TraceLine(Record, frozen=True, kw_only=True):
     temperature: float
     #: Beginning of the output; None where the target's tokenizer is not at hand.
     text: str | None
+    #: "" on a stream that has only one.
+    partition: str = ""
 
     def __str__(self) -> str:
         return _FORMAT.format(
-            self.offset,
+            _where(self.offset, self.partition),
             time.strftime("%H:%M:%S", time.localtime(self.finished_at)),
             printable(self.domain),
             printable(self.tenant),
@@ -60,9 +63,10 @@ class DeadLine(Record, frozen=True, kw_only=True):
 
     offset: int
     dead_letter: str
+    partition: str = ""
 
     def __str__(self) -> str:
-        return f"{self.offset:>7} dead letter: {printable(self.dead_letter)}"
+        return f"{_where(self.offset, self.partition):>7} dead letter: {printable(self.dead_letter)}"
 
 
 class Spelling:
@@ -87,7 +91,7 @@ def describe(delivery: Delivery, spelling: Spelling) -> TraceLine | DeadLine:
     """The line of one item of the stream."""
     trace = delivery.item
     if isinstance(trace, DeadLetter):
-        return DeadLine(offset=delivery.offset, dead_letter=trace.reason)
+        return DeadLine(offset=delivery.offset, dead_letter=trace.reason, partition=_partition(delivery))
     drafting = summarize([delivery]).overall
     return TraceLine(
         offset=delivery.offset,
@@ -101,7 +105,16 @@ def describe(delivery: Delivery, spelling: Spelling) -> TraceLine | DeadLine:
         drafters=trace.drafters,
         temperature=trace.sampling.temperature,
         text=spelling.preview(trace),
+        partition=_partition(delivery),
     )
+
+
+def _where(offset: int, partition: str) -> str:
+    return f"{partition.rpartition('/')[2]}/{offset}" if partition else str(offset)
+
+
+def _partition(delivery: Delivery) -> str:
+    return "" if delivery.partition == PARTITION else delivery.partition
 
 
 def _load(target: str) -> Tokenizer | None:

@@ -20,25 +20,25 @@ from livedraft.cli.console import (
     settings_from,
 )
 from livedraft.contracts.errors import BadRequest, CorruptRecord, NotFound
-from livedraft.contracts.messages import DeadLetter, Delivery
+from livedraft.contracts.messages import DeadLetter, Delivery, Trace
 from livedraft.contracts.settings import Settings
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from livedraft.traces.segments import Usage
     from livedraft.traces.stats import Drafting, StreamStats
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Look into the trace stream, and send parts of it again.\n\n"
-    "The stream is the setting traces.url; LIVEDRAFT_TRACES__URL=spool:///elsewhere reads another one.",
+    "The stream is the setting traces.url; LIVEDRAFT_TRACES__URL=spool:///elsewhere or kafka://host:9092 reads "
+    "another one.",
 )
 
-#: Names the reader of these commands; it never commits, so that no consumer's offsets move.
-_GROUP = "cli"
-
 FromOption = Annotated[int | None, typer.Option("--from", min=0, metavar="OFFSET", help="First offset.")]
+PartitionOption = Annotated[
+    int | None, typer.Option("--partition", min=0, help="Of a topic: the one that offsets are of; else all.")
+]
 ToOption = Annotated[int | None, typer.Option("--to", min=0, metavar="OFFSET", help="Last offset, included.")]
 
 
@@ -51,6 +51,7 @@ def tail(
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new traces until Ctrl-C.")] = False,
     start: FromOption = None,
+    partition: PartitionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show traces, one a line.
@@ -63,14 +64,13 @@ def tail(
     from livedraft.cli.trace_line import HEADER, Spelling, describe
 
     settings = settings_from(config)
-    if not follow:  # else they may still come
-        _range(_usage(settings), start, None)
+    stretch = _tail_stretch(settings, partition, start, follow)
     spelling = Spelling(settings.engine.target)
     console = output()
     if not as_json:
         console.print(HEADER, style="bold", no_wrap=True, overflow="ellipsis")
     with contextlib.suppress(KeyboardInterrupt):  # the usual way to end --follow
-        for delivery in _tail(settings, count, start, follow):
+        for delivery in _tail(settings, stretch, count, start, follow):
             line = describe(delivery, spelling)
             if as_json:
                 print_json(line, indent=0)
@@ -81,7 +81,11 @@ def tail(
 
 @app.command()
 def stats(
-    config: ConfigOption = None, start: FromOption = None, last: ToOption = None, as_json: JsonOption = False
+    config: ConfigOption = None,
+    start: FromOption = None,
+    last: ToOption = None,
+    partition: PartitionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Add the stream up: accept length by drafter and domain, acceptance by depth, damage.
 
@@ -90,10 +94,10 @@ def stats(
     from livedraft.traces.stats import summarize
 
     settings = settings_from(config)
-    first, last = _range(_usage(settings), start, last)
+    stretch = _stretch(settings, partition, start, last)
     with _bar() as bar:
-        task = bar.add_task("reading", total=last + 1 - first)
-        found = summarize(_advancing(bar, task, first, _between(settings, first, last)))
+        task = bar.add_task("reading", total=sum(end - first for first, end in stretch.values()))
+        found = summarize(_advancing(bar, task, stretch, _between(settings, stretch)))
     if as_json:
         print_json(_stats_json(found))
     else:
@@ -117,15 +121,17 @@ def replay(
     from livedraft.contracts.stopping import stopping
     from livedraft.traces.reader import SpoolReader
     from livedraft.traces.spool import SpoolWriter
-    from livedraft.traces.urls import spool_folder
+    from livedraft.traces.urls import SPOOL, spool_folder
 
     settings = settings_from(config)
     kept = settings.traces
+    if not (kept.url.startswith(SPOOL) and into.startswith(SPOOL)):
+        raise BadRequest("only a spool can be sent again, and only into a spool", field="--into")
     source, target = spool_folder(kept.url), spool_folder(into)
     if source.resolve() == target.resolve():
         raise BadRequest(f"{into} is the stream that is read", field="--into")
-    first, last = _range(_usage(settings), start, last)
-    first = trace_start(source, first)
+    ((first, end),) = _stretch(settings, None, start, last).values()
+    first, last = trace_start(source, first), end - 1
     copied = 0
     with (
         stopping() as stop,
@@ -151,93 +157,137 @@ def replay(
 
 @app.command()
 def decode(
+    source: Annotated[str, typer.Argument(metavar="[-]", help="- reads one message from standard input.")] = "",
     config: ConfigOption = None,
     offset: Annotated[int | None, typer.Option(min=0, help="Offset of the trace; else the newest.")] = None,
+    partition: PartitionOption = None,
     whole: Annotated[bool, typer.Option("--whole", help="Print tensors in full instead of their shapes.")] = False,
 ) -> None:
     """Print one trace as JSON.
 
-    Example: livedraft traces decode --offset 42 --whole
+    Examples: livedraft traces decode --offset 42 --whole;
+    kcat -b host:9092 -C -e -D '' -t livedraft.traces -p 0 -o 42 -c 1 | livedraft traces decode -
     """
+    from livedraft.cli.stream_view import view
     from livedraft.traces.codec import to_json
 
+    if source == "-":
+        print_json({"trace": to_json(_from_standard_input(), whole=whole)})
+        return
+    if source:
+        raise BadRequest(f"{source!r}, expected - or nothing", field="source")
     settings = settings_from(config)
-    held = _usage(settings)
     if offset is None:
-        found = next(iter(_last(settings, 1)), None)
+        found = next(iter(_last(settings, _stretch(settings, partition, None, None), 1)), None)
     else:
-        _range(held, offset, offset)
-        found = next((d for d in _deliveries(settings, offset) if d.offset >= offset), None)
+        ((name, (first, _)),) = _stretch(settings, partition, offset, offset).items()
+        found = next((d for d in view(settings).read({name: first}) if d.offset >= offset), None)
     if found is None:
-        raise NotFound(f"no whole trace there: the stream holds records {held.oldest} to {held.end - 1}")
+        raise NotFound("no whole trace there")
     if isinstance(found.item, DeadLetter):
         raise CorruptRecord(f"offset {found.offset}: {found.item.reason}")
-    print_json({"offset": found.offset, "trace": to_json(found.item, whole=whole)})
+    where: dict[str, Any] = {"offset": found.offset}
+    if "/" in found.partition:
+        where["partition"] = found.partition
+    print_json(where | {"trace": to_json(found.item, whole=whole)})
 
 
-def _usage(settings: Settings) -> Usage:
-    """What the stream holds.  Raises NotFound where it holds nothing."""
-    from livedraft.traces.segments import usage
-    from livedraft.traces.urls import spool_folder
-
-    held = usage(spool_folder(settings.traces.url))
-    if held.end == held.oldest:
-        raise NotFound(f"{settings.traces.url}: no traces there; `livedraft up` and some requests bring them")
-    return held
+#: Partition -> first offset, and the one after the last.
+_Stretch = dict[str, tuple[int, int]]
 
 
-def _range(held: Usage, start: int | None, last: int | None) -> tuple[int, int]:
-    """First and last offset of the part of a range that the stream holds.  Raises NotFound for none."""
-    first = max(start or 0, held.oldest)
-    final = held.end - 1 if last is None else min(last, held.end - 1)
-    if first > final:
-        raise NotFound(f"no such offsets: the stream holds {held.oldest} to {held.end - 1}")
-    return first, final
+def _stretch(settings: Settings, partition: int | None, start: int | None, last: int | None) -> _Stretch:
+    """The part of the stream that a command is about.  Raises NotFound where the stream holds none of it."""
+    from livedraft.cli.stream_view import holdings
+
+    held = holdings(settings, partition, offsets=start is not None or last is not None)
+    found = {
+        name: (max(start or 0, oldest), end if last is None else min(last + 1, end))
+        for name, (oldest, end) in held.items()
+    }
+    full = {name: (first, end) for name, (first, end) in found.items() if first < end}
+    if not full:
+        ((oldest, end),) = held.values()
+        raise NotFound(f"no such offsets: the stream holds {oldest} to {end - 1}")
+    return full
 
 
-def _deliveries(settings: Settings, first: int, *, follow: bool = False) -> Iterator[Delivery]:
-    """Items from the one that record ``first`` is part of."""
-    from livedraft.cli.republish import trace_start
-    from livedraft.traces.replay import replay
-    from livedraft.traces.source import PARTITION
-    from livedraft.traces.urls import open_source, spool_folder
+def _tail_stretch(settings: Settings, partition: int | None, start: int | None, follow: bool) -> _Stretch:
+    """As ``_stretch``; while one follows, traces may still come."""
+    from livedraft.cli.stream_view import view
 
-    first = trace_start(spool_folder(settings.traces.url), first)
-    with contextlib.closing(open_source(settings.traces, _GROUP)) as source:
-        yield from replay(source, {PARTITION: first}, follow=follow)
-
-
-def _between(settings: Settings, first: int, last: int) -> Iterator[Delivery]:
-    for delivery in _deliveries(settings, first):
-        if delivery.offset > last:
-            return
-        yield delivery
+    try:
+        return _stretch(settings, partition, start, None)
+    except NotFound:
+        if not follow:
+            raise
+        held = view(settings).held()
+        return {
+            name: (end if start is None else start, end)
+            for name, (_, end) in held.items()
+            if partition is None or name.rpartition("/")[2] == str(partition)
+        }
 
 
-def _last(settings: Settings, count: int) -> list[Delivery]:
-    """The last ``count`` items, found by reaching back further until there are enough: a trace may be many records."""
-    held = _usage(settings)
-    reach = count
-    while True:
-        first = max(held.oldest, held.end - reach)
-        found = deque(_between(settings, first, held.end - 1), maxlen=count)
-        if len(found) == count or first == held.oldest:
-            return list(found)
-        reach *= 4
+def _between(settings: Settings, stretch: _Stretch) -> Iterator[Delivery]:
+    from livedraft.cli.stream_view import view
+
+    for name, (first, end) in stretch.items():
+        for delivery in view(settings).read({name: first}):
+            if delivery.offset >= end:
+                break
+            yield delivery
 
 
-def _tail(settings: Settings, count: int | None, start: int | None, follow: bool) -> Iterator[Delivery]:
-    from livedraft.traces.segments import usage
-    from livedraft.traces.urls import spool_folder
+def _last(settings: Settings, stretch: _Stretch, count: int) -> list[Delivery]:
+    """The last ``count`` items of each partition, of them the last by the time their requests ended.
+
+    Found by reaching back further until there are enough: a trace may be many records.
+    """
+    found: list[Delivery] = []
+    for name, (oldest, end) in stretch.items():
+        reach = count
+        while True:
+            first = max(oldest, end - reach)
+            part = deque(_between(settings, {name: (first, end)}), maxlen=count)
+            if len(part) == count or first == oldest:
+                break
+            reach *= 4
+        found += part
+    if len(stretch) > 1:
+        found.sort(key=lambda d: 0.0 if isinstance(d.item, DeadLetter) else d.item.finished_at)
+    return found[-count:] if count else []
+
+
+def _tail(
+    settings: Settings, stretch: _Stretch, count: int | None, start: int | None, follow: bool
+) -> Iterator[Delivery]:
+    from livedraft.cli.stream_view import view
 
     if start is not None:
-        yield from islice(_deliveries(settings, start, follow=follow), count)
+        begin = {name: first for name, (first, _) in stretch.items()}
+        yield from islice(view(settings).read(begin, follow=follow), count)
         return
-    held = usage(spool_folder(settings.traces.url))
-    shown = _last(settings, 10 if count is None else count) if held.end > held.oldest else []
+    shown = _last(settings, stretch, 10 if count is None else count)
     yield from shown
     if follow:
-        yield from _deliveries(settings, shown[-1].offset + 1 if shown else held.end, follow=True)
+        after = {name: end for name, (_, end) in stretch.items()}
+        for delivery in shown:
+            after[delivery.partition] = delivery.offset + 1
+        yield from view(settings).read(after, follow=True)
+
+
+def _from_standard_input() -> Trace:
+    """Raises CorruptRecord for a chunk of a longer trace, too."""
+    import sys
+
+    from livedraft.traces.chunks import MAGIC
+    from livedraft.traces.codec import decode
+
+    message = sys.stdin.buffer.read()
+    if message.startswith(MAGIC):
+        raise CorruptRecord("a chunk of a longer trace: decode it by --offset, which finds the others")
+    return decode(message)
 
 
 def _bar() -> Progress:
@@ -245,9 +295,11 @@ def _bar() -> Progress:
     return Progress(*columns, console=progress_output(), transient=True)
 
 
-def _advancing(bar: Progress, task: TaskID, first: int, deliveries: Iterable[Delivery]) -> Iterator[Delivery]:
+def _advancing(bar: Progress, task: TaskID, stretch: _Stretch, deliveries: Iterable[Delivery]) -> Iterator[Delivery]:
+    read = dict.fromkeys(stretch, 0)
     for delivery in deliveries:
-        bar.update(task, completed=delivery.offset + 1 - first)
+        read[delivery.partition] = delivery.offset + 1 - stretch[delivery.partition][0]
+        bar.update(task, completed=sum(read.values()))
         yield delivery
 
 
