@@ -73,3 +73,29 @@ def lossless(
     from livedraft.benchmarks import lossless as benchmark
 
     benchmark.lossless(json, target, threads, prompts, tokens)
+
+
+@app.command()
+def stream(
+    json: JsonOption = None,
+    url: Annotated[str, typer.Option(help="kafka://host:port; without it a local test broker is started.")] = "",
+    repeats: int = 5,
+) -> None:
+    """The trace stream on a broker against kafka-python alone, on messages of 64 KB and 1 MB, interleaved.
+
+    Example: livedraft bench stream --url kafka://127.0.0.1:9092 --json -
+    """
+    from livedraft.benchmarks import stream as benchmark
+
+    benchmark.stream(json, url, repeats)
+
+
+@app.command()
+def chaos(json: JsonOption = None, seed: int = 0, kills: int = 100) -> None:
+    """Kill producer, broker and trainer at random on a local test broker: traces lost, learned twice, time of offers.
+
+    Example: livedraft bench chaos --seed 1 --kills 100 --json -
+    """
+    from livedraft.benchmarks import chaos as benchmark
+
+    benchmark.chaos(json, seed, kills)
