@@ -1,39 +1,27 @@
-"""Records of one spool copied into another, byte for byte."""
+"""Messages of one stream sent into another, unchanged."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
+from livedraft.contracts.errors import TraceError
+from livedraft.contracts.settings import Settings
 from livedraft.traces.chunks import MAGIC, Chunk
 from livedraft.traces.frames import Frame
-from livedraft.traces.reader import Hole, SpoolReader
+from livedraft.traces.outlet import BrokerOutlet
+from livedraft.traces.parcel import repack
+from livedraft.traces.reader import SpoolReader
+from livedraft.traces.sink import WRITTEN
 from livedraft.traces.spool import SpoolWriter
+from livedraft.traces.urls import KAFKA, broker_addresses, spool_folder
 
-
-def republish(reader: SpoolReader, writer: SpoolWriter, last: int) -> Iterator[int]:
-    """Append the records from ``reader.next`` to ``last``, a whole trace at a time; yields how many were written.
-
-    Abandoning the iterator after a step leaves nothing half-written, and ``reader.next`` is where to go on.
-    Damaged records cannot be copied.  Raises OSError.
-    """
-    held: list[bytes] = []
-    while reader.next <= last and (record := reader.read()) is not None:
-        if isinstance(record, Hole):
-            continue
-        if record.offset > last:  # retention deleted everything up to here
-            break
-        held.append(record.payload)
-        # A trace's chunks go into one append, which keeps them in one segment.
-        if _ends_trace(record.payload):
-            writer.append(held)
-            yield len(held)
-            held = []
-    if held:
-        writer.append(held)
-        yield len(held)
+#: Seconds that a broker has for the last messages.
+_CLOSE_S = 60.0
 
 
 def trace_start(folder: Path, offset: int) -> int:
@@ -46,9 +34,76 @@ def trace_start(folder: Path, offset: int) -> int:
     return offset - chunk.index if chunk else offset
 
 
-def _ends_trace(message: bytes) -> bool:
-    chunk = _chunk(message)
-    return chunk is None or chunk.index + 1 >= chunk.count
+class Target(Protocol):
+    """Where the messages of whole traces go."""
+
+    def append(self, messages: Sequence[bytes]) -> object:
+        """Those of one trace."""
+
+    def close(self) -> None:
+        """Until all are there."""
+
+
+class TopicTarget:
+    """A topic, sent to no faster than it acknowledges.  Raises StreamUnavailable when there is no broker."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        from livedraft.traces.kafka import KafkaSender
+
+        addresses = broker_addresses(url)
+        KafkaSender(addresses, settings.kafka).close(0.0)
+        self._outlet = BrokerOutlet(lambda: KafkaSender(addresses, settings.kafka))
+        #: Traces that are none, or were not taken.
+        self.refused = 0
+
+    def append(self, messages: Sequence[bytes]) -> None:
+        """As ``Target.append``."""
+        try:
+            self._outlet.put(repack(messages), self._settle)
+        except TraceError:
+            self.refused += 1
+
+    def close(self) -> None:
+        """As ``Target.close``, within the delivery timeout."""
+        self._outlet.hurry(time.monotonic() + _CLOSE_S)
+        self._outlet.close()
+
+    def _settle(self, fate: str) -> None:
+        self.refused += fate != WRITTEN
+
+
+def open_target(settings: Settings, url: str) -> SpoolWriter | TopicTarget:
+    """Raises SettingsError, TraceError when another process writes there, StreamUnavailable."""
+    kept = settings.traces
+    if url.startswith(KAFKA):
+        return TopicTarget(settings, url)
+    return SpoolWriter(
+        spool_folder(url), segment_bytes=kept.segment_bytes, retain_bytes=kept.retain_bytes, fsync=kept.fsync
+    )
+
+
+def whole_traces(messages: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, list[bytes]]]:
+    """The messages of each trace together, with the offset of the last; chunks of several may alternate."""
+    begun: dict[tuple[str, str], list[bytes]] = {}
+    for offset, message in messages:
+        chunk = _chunk(message)
+        if chunk is None:
+            yield offset, [message]
+            continue
+        name = (chunk.key, chunk.trace_id)
+        held = begun.setdefault(name, [])
+        if chunk.index == len(held):
+            held.append(message)
+        if len(held) == chunk.count:
+            yield offset, begun.pop(name)
+
+
+def spool_messages(folder: Path, first: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each readable record from ``first`` on."""
+    with contextlib.closing(SpoolReader(folder, trace_start(folder, first))) as reader:
+        while (record := reader.read()) is not None:
+            if isinstance(record, Frame):
+                yield record.offset, record.payload
 
 
 def _chunk(message: bytes) -> Chunk | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from livedraft.cli.republish import trace_start
+from livedraft.cli.republish import spool_messages, trace_start
 from livedraft.contracts.errors import BadRequest, NotFound
 from livedraft.contracts.messages import Delivery, Offsets
 from livedraft.contracts.settings import Settings
@@ -39,6 +39,9 @@ class StreamView(Protocol):
         To what is the end now, or for ever when ``follow``.
         """
 
+    def messages(self, partition: str, first: int) -> Iterator[tuple[int, bytes]]:
+        """Offset and bytes of each message to the end, from where the trace begins that ``first`` is part of."""
+
 
 class SpoolView:
     """A spool on this machine."""
@@ -56,6 +59,10 @@ class SpoolView:
         first = trace_start(self._folder, start[PARTITION])
         with contextlib.closing(SpoolSource(self._folder, _GROUP)) as source:
             yield from replay(source, {PARTITION: first}, follow=follow)
+
+    def messages(self, partition: str, first: int) -> Iterator[tuple[int, bytes]]:
+        """As ``StreamView.messages``."""
+        yield from spool_messages(self._folder, first)
 
 
 class TopicView:
@@ -78,6 +85,13 @@ class TopicView:
 
         with contextlib.closing(TopicReader(self._brokers, self._settings)) as reader:
             yield from reader.read(start, follow=follow)
+
+    def messages(self, partition: str, first: int) -> Iterator[tuple[int, bytes]]:
+        """As ``StreamView.messages``."""
+        from livedraft.traces.kafka import TopicReader
+
+        with contextlib.closing(TopicReader(self._brokers, self._settings)) as reader:
+            yield from reader.messages(partition, first)
 
 
 def view(settings: Settings) -> StreamView:

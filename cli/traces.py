@@ -106,52 +106,55 @@ def stats(
 
 @app.command()
 def replay(
-    into: Annotated[str, typer.Option(metavar="URL", help="The stream to append to, as spool:///folder.")],
+    into: Annotated[
+        str, typer.Option(metavar="URL", help="The stream to append to: spool:///folder or kafka://host:port.")
+    ],
     config: ConfigOption = None,
     start: FromOption = None,
     last: ToOption = None,
+    partition: PartitionOption = None,
 ) -> None:
-    """Publish a range of the stream again, into another one, its records unchanged.
+    """Publish a range of the stream again, into another one, its messages unchanged.
 
     They get new offsets there.  Ctrl-C stops between two traces and says where to go on.
 
     Example: livedraft traces replay --from 1000 --to 1999 --into spool:///tmp/again
     """
-    from livedraft.cli.republish import republish, trace_start
+    from livedraft.cli.republish import TopicTarget, open_target, whole_traces
+    from livedraft.cli.stream_view import view
     from livedraft.contracts.stopping import stopping
-    from livedraft.traces.reader import SpoolReader
-    from livedraft.traces.spool import SpoolWriter
-    from livedraft.traces.urls import SPOOL, spool_folder
 
     settings = settings_from(config)
-    kept = settings.traces
-    if not (kept.url.startswith(SPOOL) and into.startswith(SPOOL)):
-        raise BadRequest("only a spool can be sent again, and only into a spool", field="--into")
-    source, target = spool_folder(kept.url), spool_folder(into)
-    if source.resolve() == target.resolve():
+    if _same_stream(settings.traces.url, into):
         raise BadRequest(f"{into} is the stream that is read", field="--into")
-    ((first, end),) = _stretch(settings, None, start, last).values()
-    first, last = trace_start(source, first), end - 1
-    copied = 0
-    with (
-        stopping() as stop,
-        contextlib.closing(SpoolReader(source, first)) as reader,
-        SpoolWriter(
-            target, segment_bytes=kept.segment_bytes, retain_bytes=kept.retain_bytes, fsync=kept.fsync
-        ) as writer,
-        _bar() as bar,
-    ):
-        task = bar.add_task("replaying", total=last + 1 - first)
-        for records in republish(reader, writer, last):
-            copied += records
-            bar.update(task, completed=reader.next - first)
-            if stop.is_set():
+    stretch = _stretch(settings, partition, start, last)
+    copied, stopped_at = dict.fromkeys(stretch, 0), ""
+    with stopping() as stop, contextlib.closing(open_target(settings, into)) as target, _bar() as bar:
+        task = bar.add_task("replaying", total=sum(end - first for first, end in stretch.values()))
+        for name, (first, end) in stretch.items():
+            for offset, messages in whole_traces(view(settings).messages(name, first)):
+                if offset >= end:
+                    break
+                if offset < first:
+                    continue
+                if stop.is_set():
+                    stopped_at = f"--from {offset + 1 - len(messages)}" + _of_partition(name)
+                    break
+                target.append(messages)
+                copied[name] += len(messages)
+                bar.update(task, advance=len(messages))
+            if stopped_at:
                 break
-        upto = reader.next
-    missing = min(upto, last + 1) - first - copied
-    output().print(f"{copied} records into {into}" + (f"; {missing} could not be read" if missing else ""))
-    if upto <= last and stop.is_set():
-        output().print(f"stopped; go on with --from {upto}")
+    total = sum(copied.values())
+    missing = sum(end - first for first, end in stretch.values()) - total if not stopped_at else 0
+    refused = target.refused if isinstance(target, TopicTarget) else 0
+    output().print(
+        f"{total} records into {into}"
+        + (f"; {missing} could not be read" if missing > 0 else "")
+        + (f"; {refused} traces were not taken" if refused else "")
+    )
+    if stopped_at:
+        output().print(f"stopped; go on with {stopped_at}")
         raise typer.Exit(130)
 
 
@@ -190,6 +193,18 @@ def decode(
     if "/" in found.partition:
         where["partition"] = found.partition
     print_json(where | {"trace": to_json(found.item, whole=whole)})
+
+
+def _same_stream(one: str, other: str) -> bool:
+    from livedraft.traces.urls import SPOOL, spool_folder
+
+    if one.startswith(SPOOL) and other.startswith(SPOOL):
+        return spool_folder(one).resolve() == spool_folder(other).resolve()
+    return one == other
+
+
+def _of_partition(name: str) -> str:
+    return f" --partition {name.rpartition('/')[2]}" if "/" in name else ""
 
 
 #: Partition -> first offset, and the one after the last.

@@ -433,24 +433,33 @@ class TopicReader:
 
         To the end, as it is when one comes to it; for ever when ``follow``.
         """
-        first = {_place(name): offset for name, offset in start.items()}
-        assemblers = {place: Assembler() for place in first}
+        assemblers = {name: Assembler() for name in start}
+        for record in self._records(start, follow):
+            name = partition_name(record.topic, record.partition)
+            item = _assemble(assemblers[name], record)
+            if item is not None and record.offset >= start[name]:
+                yield Delivery(partition=name, offset=record.offset, item=item)
+
+    def messages(self, name: str, first: int) -> Iterator[tuple[int, bytes]]:
+        """Offset and bytes of each message of a partition to its end, some from before ``first`` included."""
+        for record in self._records({name: first}, follow=False):
+            yield record.offset, record.value or b""
+
+    def _records(self, start: Offsets, follow: bool) -> Iterator[ConsumerRecord]:
+        first = {_place(name): max(0, offset - _LOOK_BACK) for name, offset in start.items()}
         heard = time.monotonic()
         try:
             self._consumer.assign(list(first))
             for place, offset in first.items():
-                self._consumer.seek(place, max(0, offset - _LOOK_BACK))
+                self._consumer.seek(place, offset)
             while follow or not all(map(self._at_end, first)):
                 fetched = self._consumer.poll(timeout_ms=200)
                 if fetched or follow:
                     heard = time.monotonic()
                 elif time.monotonic() - heard > _ANSWER_MS / 1000:
                     raise StreamUnavailable(f"{self._topic}: nothing came for {_ANSWER_MS / 1000:g} seconds")
-                for place, records in fetched.items():
-                    for record in records:
-                        item = _assemble(assemblers[place], record)
-                        if item is not None and record.offset >= first[place]:
-                            yield Delivery(partition=partition_name(*place), offset=record.offset, item=item)
+                for records in fetched.values():
+                    yield from records
         except KafkaError as error:
             raise StreamUnavailable(f"{self._topic}: {error!r}") from error
 

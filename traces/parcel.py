@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+from livedraft.contracts.errors import CorruptRecord
 from livedraft.contracts.messages import Record, Trace
-from livedraft.traces.chunks import split
-from livedraft.traces.codec import encode
+from livedraft.traces.chunks import Assembler, split
+from livedraft.traces.codec import decode, encode
 
 #: Names of the headers that a broker keeps beside a message, so that it can be routed and counted unread.
 SCHEMA, TARGET, DRAFTER, TENANT = "schema", "target", "drafter", "tenant"
@@ -28,6 +31,20 @@ class Parcel(Record, frozen=True, kw_only=True, array_like=True, omit_defaults=F
 
 def pack(trace: Trace, message_bytes: int) -> Parcel:
     """A trace, keyed by its request id and cut into messages of at most ``message_bytes``."""
+    messages = split(encode(trace), key=trace.request_id, trace_id=trace.trace_id, message_bytes=message_bytes)
+    return _addressed(trace, messages)
+
+
+def repack(messages: Sequence[bytes]) -> Parcel:
+    """The parcel whose messages these are, unchanged.  Raises TraceError unless they are one whole trace."""
+    assembler = Assembler()
+    whole = [record for message in messages if (record := assembler.add(message)) is not None]
+    if len(whole) != 1:
+        raise CorruptRecord(f"{len(messages)} messages that make {len(whole)} traces")
+    return _addressed(decode(whole[0]), messages)
+
+
+def _addressed(trace: Trace, messages: Sequence[bytes]) -> Parcel:
     headers = {
         SCHEMA: f"{trace.schema_major}.{trace.schema_minor}",
         TARGET: f"{trace.target}@{trace.target_revision}",
@@ -37,9 +54,7 @@ def pack(trace: Trace, message_bytes: int) -> Parcel:
     return Parcel(
         key=_utf8(trace.request_id),
         headers=tuple((name, _utf8(value)) for name, value in headers.items()),
-        messages=tuple(
-            split(encode(trace), key=trace.request_id, trace_id=trace.trace_id, message_bytes=message_bytes)
-        ),
+        messages=tuple(messages),
         at=trace.finished_at,
     )
 

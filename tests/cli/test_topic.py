@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 from livedraft.cli.local_broker import memory_broker
+from livedraft.contracts.messages import Trace
 from livedraft.traces.codec import encode
-from livedraft.traces.urls import open_sink
+from livedraft.traces.kafka import TopicReader
+from livedraft.traces.urls import broker_addresses, open_sink
 from typer.testing import CliRunner
 
 from ..traces.conftest import build_trace
 from .conftest import Site, app
+from .test_traces import records
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,33 @@ def test_a_topic_that_nobody_wrote_to_holds_nothing(site: Site, url: str) -> Non
     refused = site.run("traces", "stats")
     assert refused.exit_code == 1
     assert "no traces there" in refused.output
+
+
+def test_replay_goes_from_a_topic_to_a_spool_and_into_another_topic(topic: Site, url: str, tmp_path: Path) -> None:
+    spool = f"spool://{tmp_path}/copy"
+    assert topic.run("traces", "replay", "--into", spool).exit_code == 0
+    copied = set(records(tmp_path / "copy"))
+    settings = topic.settings
+    prefix = f"test-{uuid.uuid4().hex[:8]}"
+    back = Site(tmp_path)
+    back.config.write_text(
+        f'[traces]\nurl = "{spool}"\n[kafka]\nprefix = "{prefix}"\npartitions = 1\nsession_timeout_s = 2.0\n'
+    )
+    result = back.run("traces", "replay", "--into", url)
+    assert result.exit_code == 0
+    assert "not" not in result.stdout
+    with contextlib.closing(TopicReader(broker_addresses(url), back.settings.kafka)) as reader:
+        sent = [message for _, message in reader.messages(f"{prefix}.traces/0", 0)]
+    assert set(sent) == copied
+    assert len(sent) == len(copied)
+    with contextlib.closing(TopicReader(broker_addresses(url), settings.kafka)) as reader:
+        start = {f"{settings.kafka.prefix}.traces/{n}": 0 for n in (0, 1)}
+        ids = {d.item.trace_id for d in reader.read(start) if isinstance(d.item, Trace)}
+    assert ids == {f"t{n}" for n in range(12)}
+
+
+def test_replay_of_a_topic_into_itself_is_refused(topic: Site, url: str) -> None:
+    assert topic.run("traces", "replay", "--into", url).exit_code == 1
 
 
 def test_status_tells_how_far_behind_the_groups_are(topic: Site) -> None:

@@ -6,10 +6,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from livedraft.contracts.errors import TraceError
 from livedraft.contracts.messages import Trace
 from livedraft.traces.chunks import Assembler
 from livedraft.traces.codec import decode
-from livedraft.traces.parcel import Parcel, dump, load, pack
+from livedraft.traces.parcel import Parcel, dump, load, pack, repack
 
 parcels = st.builds(
     Parcel,
@@ -46,6 +47,14 @@ def test_a_packed_trace_is_what_its_messages_assemble_to(
     assert rest == [None] * len(rest)
     assert last is not None
     assert decode(last) == trace
+    assert repack(parcel.messages) == parcel
+
+
+def test_what_is_not_one_whole_trace_is_not_repacked(make_trace: Any) -> None:
+    messages = pack(make_trace(1, rounds=30), 1024).messages
+    for wrong in (messages[:-1], messages[1:], (), (b"garbage",), messages + messages):
+        with pytest.raises(TraceError):
+            repack(wrong)
 
 
 def test_headers_say_what_it_takes_to_route_a_message_unread(make_trace: Any) -> None:
