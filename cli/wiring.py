@@ -6,9 +6,11 @@ import contextlib
 import functools
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from livedraft.cli.announcing import AnnouncingRegistry
 from livedraft.cli.wiring_registry import open_registry
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.messages import DrafterVersion, Manifest
@@ -17,7 +19,7 @@ from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Settings
 from livedraft.traces.admission import admit, held_out
 from livedraft.traces.redaction import NoRedaction, PatternRedaction, Redactor
-from livedraft.traces.urls import open_sink, open_source
+from livedraft.traces.urls import open_announcements, open_sink, open_source
 
 if TYPE_CHECKING:
     from livedraft.serving.local.engine import LocalEngine
@@ -142,7 +144,10 @@ def train(settings: Settings) -> None:
 
     registry = open_registry(settings.registry)
     folder, live = live_drafter(settings, registry)
-    with contextlib.closing(open_source(settings.traces, "trainer", settings.kafka)) as source:
+    with (
+        contextlib.closing(open_source(settings.traces, "trainer", settings.kafka)) as source,
+        _announcing(settings, registry) as registry,
+    ):
         process.main(
             settings.trainer,
             target_folder=targets.find(settings.engine.target),
@@ -152,6 +157,17 @@ def train(settings: Settings) -> None:
             registry=registry,
             held_out=settings.traces.held_out,
         )
+
+
+@contextlib.contextmanager
+def _announcing(settings: Settings, registry: Registry) -> Iterator[Registry]:
+    """The registry, telling of candidates and decisions on the topics of a broker."""
+    announcements = open_announcements(settings.traces, settings.kafka)
+    if announcements is None:
+        yield registry
+        return
+    with contextlib.closing(announcements):
+        yield AnnouncingRegistry(registry, announcements)
 
 
 def control(settings: Settings, stop: threading.Event) -> None:
@@ -172,7 +188,6 @@ def control(settings: Settings, stop: threading.Event) -> None:
     torch.set_num_threads(1)
     swap = settings.swap
     admin = HttpEngineAdmin(gateway_url(settings), settings.gateway.admin_key)
-    swapper = Swapper(open_registry(settings.registry), admin, Path(swap.folder))
     rules = GateRules(
         min_traces=swap.gate_min_traces,
         bootstrap=swap.bootstrap,
@@ -181,6 +196,10 @@ def control(settings: Settings, stop: threading.Event) -> None:
         engine_can_stop=settings.engine.adaptive_depth,
     )
     replay = DraftReplay(targets.find(settings.engine.target), settings.engine.draft_depth)
-    with contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source:
+    with (
+        contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source,
+        _announcing(settings, open_registry(settings.registry)) as registry,
+    ):
+        swapper = Swapper(registry, admin, Path(swap.folder))
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
         Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)).run(stop)

@@ -150,6 +150,22 @@ class Registry(Protocol):
         """The history, oldest first."""
 
 
+class Announcements(Protocol):
+    """Where others hear of candidates and decisions.
+
+    At least once or, through an outage, not at all: the registry has them.
+    """
+
+    def candidate(self, version: DrafterVersion) -> None:
+        """A drafter was registered.  Never waits, never raises."""
+
+    def decision(self, decision: Decision) -> None:
+        """A verdict was recorded.  Never waits, never raises."""
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Send what waits.  Safe to call twice."""
+
+
 class Replay(Protocol):
     """Scores a drafter by drafting for real over traces.  The gate's evidence."""
 

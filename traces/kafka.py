@@ -29,7 +29,7 @@ from kafka.errors import (
     TopicAlreadyExistsError,
 )
 from kafka.net.compat import KafkaNetClient
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import MemberState, OffsetAndMetadata
 from livedraft.contracts.errors import SettingsError, StreamUnavailable, TraceError
 from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Trace
 from livedraft.contracts.settings import Kafka
@@ -44,9 +44,13 @@ TRACES, DRAFTS, SWAPS, DEAD = "traces", "drafts", "swaps", "dead"
 
 #: Milliseconds for finding the broker, and for one question to it.
 _CONNECT_MS, _ANSWER_MS = 5000, 5000
+#: Milliseconds for a question that the trainer's loop asks, and seconds before one that got no answer is asked again.
+_LAG_MS, _ASK_AGAIN_S = 1000, 10.0
 #: Messages read again before the first that is wanted, because a trace of another producer may have begun there.
 _LOOK_BACK = 64
 _HEAD_BYTES = 64
+#: Longest wait in one go, and for a join in one poll.
+_TICK_S, _JOIN_S = 0.2, 6.0
 #: What sending again does not help.
 _REFUSALS = (MessageSizeTooLargeError, RecordListTooLargeError, InvalidRecordError, InvalidTopicError)
 
@@ -99,12 +103,12 @@ def ensure_topics(brokers: Sequence[str], settings: Kafka) -> None:
 
 
 class KafkaSender:
-    """``Sender`` to ``<prefix>.traces``.  Raises StreamUnavailable where there is no broker to be had."""
+    """``Sender`` to ``<prefix>.<name>``.  Raises StreamUnavailable where there is no broker to be had."""
 
-    def __init__(self, brokers: Sequence[str], settings: Kafka) -> None:
+    def __init__(self, brokers: Sequence[str], settings: Kafka, name: str = TRACES) -> None:
         if settings.create_topics:
             ensure_topics(brokers, settings)
-        self._topic = topic(settings, TRACES)
+        self._topic = topic(settings, name)
         self._producer = _producer(brokers, settings)
         try:
             self._producer.partitions_for(self._topic)  # so that no send waits for it
@@ -201,6 +205,12 @@ class KafkaSource:
         self._leaving: set[TopicPartition] = set()
         self._save: Callable[[], None] = lambda: None
         self._committing: dict[TopicPartition, OffsetAndMetadata] = {}
+        #: Ends of partitions when the broker was last asked, and when to ask it again after it did not answer.
+        self._ends: dict[TopicPartition, int] = {}
+        self._begun: dict[TopicPartition, int] = {}
+        self._ask_at = 0.0
+        #: When to wait for a join again after one that took too long.
+        self._join_at = 0.0
         #: Unix seconds at which the request of the trace polled last ended.
         self._last_at = 0.0
         self._consumer.subscribe([self._topic], listener=_Listener(self))
@@ -226,25 +236,44 @@ class KafkaSource:
         self._consumer.pause(*self._gained)
 
     def poll(self, timeout: float = 0.0, limit: int = 256) -> list[Delivery]:
-        """Up to ``limit`` items, waiting at most ``timeout`` seconds for the first (longer only to hand over).
+        """Up to ``limit`` items, waiting at most ``timeout`` seconds for the first; longer to join and to hand over.
 
-        Raises StreamUnavailable for a broker that refuses us; one that is away for a while has nothing new.
+        Raises StreamUnavailable for a broker that refuses us; one that is away has nothing new.
         """
         deadline = time.monotonic() + timeout
         items: list[Delivery] = []
         while not items:
             left = max(0.0, deadline - time.monotonic())
             try:
-                fetched = self._consumer.poll(timeout_ms=min(left, 0.2) * 1000, max_records=limit)
+                fetched = self._consumer.poll(timeout_ms=min(left, _TICK_S) * 1000, max_records=limit)
+                if not fetched:
+                    fetched = self._join(limit)
                 self._begin_gained()
                 self._leave_the_beyond()
             except KafkaError as error:
-                raise StreamUnavailable(f"{self._topic}: {error!r}") from error
+                if not error.retriable:
+                    raise StreamUnavailable(f"{self._topic}: {error!r}") from error
+                fetched = {}
             for place, records in fetched.items():
                 items += [item for record in records if (item := self._read(place, record))]
             if not left:
                 break
         return items
+
+    def _join(self, limit: int) -> dict[TopicPartition, list[ConsumerRecord]]:
+        """Stay with the client until it has joined: a join that ends between two polls is thrown away, and begun anew.
+
+        One that takes too long, or a broker that is away, is left alone for a while.
+        """
+        fetched: dict[TopicPartition, list[ConsumerRecord]] = {}
+        now = time.monotonic()
+        until = now + _JOIN_S if now >= self._join_at else 0.0
+        while not fetched and self._consumer.group_metadata().state != MemberState.STABLE:
+            if time.monotonic() >= until:
+                self._join_at = max(self._join_at, until + _ASK_AGAIN_S)
+                break
+            fetched = self._consumer.poll(timeout_ms=_TICK_S * 1000, max_records=limit)
+        return fetched
 
     def commit(self, offsets: Offsets) -> None:
         """Remember ``offsets`` of our partitions for the group.
@@ -276,18 +305,26 @@ class KafkaSource:
         return {partition_name(*place): offset for place, offset in found.items() if offset is not None}
 
     def lag(self) -> int:
-        """Messages of our partitions written but not yet polled; before we have any, all not yet committed."""
-        try:
-            places = self._consumer.assignment()
-            begun = {} if places else self.committed()
-            places = places or set(self._all_partitions())
-            ends = self._consumer.end_offsets(list(places), timeout_ms=_ANSWER_MS)
-            for place in self._consumer.assignment():  # a fetch may have told of more
-                ends[place] = max(ends.get(place, 0), self._consumer.highwater(place) or 0)
-        except KafkaError as error:
-            raise StreamUnavailable(f"{self._topic}: {error!r}") from error
-        begun |= {partition_name(*place): offset for place, offset in self._next.items()}
-        return sum(max(0, end - begun.get(partition_name(*place), 0)) for place, end in ends.items())
+        """Messages of our partitions written but not yet polled; before we have any, all not yet committed.
+
+        By what the broker said last while it is away.  Raises StreamUnavailable when it never answered.
+        """
+        ours = self._consumer.assignment()
+        if time.monotonic() >= self._ask_at:
+            try:
+                ends = self._consumer.end_offsets(list(ours) or self._all_partitions(), timeout_ms=_LAG_MS)
+                self._begun = {} if ours else {_place(name): offset for name, offset in self.committed().items()}
+                self._ends = ends
+            except (KafkaError, StreamUnavailable) as error:
+                self._ask_at = time.monotonic() + _ASK_AGAIN_S
+                if not self._ends:
+                    raise StreamUnavailable(f"{self._topic}: {error!r}") from error
+        total = 0
+        for place, end in self._ends.items():
+            if place in ours:  # a fetch may have told of more
+                end = max(end, self._consumer.highwater(place) or 0)
+            total += max(0, end - self._next.get(place, self._begun.get(place, 0)))
+        return total
 
     def age_s(self) -> float:
         """Seconds since the request of the trace polled last ended; 0 before there is one."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from livedraft.contracts.errors import SettingsError
-from livedraft.contracts.ports import TraceSource
+from livedraft.contracts.ports import Announcements, TraceSource
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.traces.outlet import BrokerOutlet
 from livedraft.traces.redaction import Redactor
@@ -59,6 +60,22 @@ def open_source(settings: Traces, group: str, kafka: Kafka | None = None) -> Tra
 
         return KafkaSource(broker_addresses(settings.url), kafka or Kafka(), group)
     return SpoolSource(spool_folder(settings.url), group)
+
+
+def open_announcements(settings: Traces, kafka: Kafka) -> Announcements | None:
+    """Where candidates and decisions are announced: topics beside the traces; nowhere beside a spool.
+
+    Raises SettingsError.
+    """
+    if not settings.url.startswith(KAFKA):
+        return None
+    from livedraft.traces.announce import Announcer
+    from livedraft.traces.kafka import DRAFTS, SWAPS, KafkaSender, check
+
+    addresses = broker_addresses(settings.url)
+    check(kafka)
+    drafts, swaps = (BrokerOutlet(partial(KafkaSender, addresses, kafka, name)) for name in (DRAFTS, SWAPS))
+    return Announcer(drafts=drafts, swaps=swaps)
 
 
 def spool_folder(url: str) -> Path:

@@ -216,6 +216,31 @@ def test_two_consumers_share_the_partitions_and_use_each_trace_once(
     assert both[1].used
 
 
+def test_a_consumer_that_looks_in_seldom_and_briefly_gets_its_share(
+    broker_address: str, kafka_settings: MakeSettings, make_trace: Any, open_source: Callable[..., KafkaSource]
+) -> None:
+    """As a trainer in the middle of its steps, or a controller once a second."""
+    settings = kafka_settings()
+    sources = [open_source(msgspec.structs.replace(settings, member=name), "g") for name in "ab"]
+    publish(broker_address, settings, [make_trace(seed, request_id=f"r{seed}") for seed in range(20)])
+    seen: list[set[str]] = [set(), set()]
+    done = threading.Event()
+
+    def look_in(number: int) -> None:
+        while not done.is_set():
+            seen[number] |= traces_of(sources[number].poll(0.0)).keys()
+            time.sleep(1.2)  # longer than it takes to join
+
+    threads = [threading.Thread(target=look_in, args=[n]) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: [len(source.partitions) for source in sources] == [2, 2])
+    eventually(lambda: seen[0] | seen[1] == {f"t{n}" for n in range(20)})
+    done.set()
+    for thread in threads:
+        thread.join()
+
+
 class Rank:
     """A trainer in little: what it has used and how far, in one place."""
 

@@ -135,6 +135,42 @@ def test_without_a_spill_a_stall_costs_traces_that_are_counted_and_sending_goes_
     assert {"t-0", "t-20"} <= {t.trace_id for t in found}
 
 
+def test_a_consumer_waits_through_a_stall_and_repeats_nothing(kafka_settings: MakeSettings, make_trace: Any) -> None:
+    settings = kafka_settings()
+    with memory_broker() as broker:
+        sink = open_sink(Traces(url=f"kafka://{broker.address}"), kafka=settings)
+        source = KafkaSource([broker.address], settings, "trainer")
+        source.seek({})
+        found: list[str] = []
+        offsets: dict[str, int] = {}
+
+        def read(count: int, seconds: float) -> None:
+            deadline = time.monotonic() + seconds
+            while len(found) < count and time.monotonic() < deadline:
+                for delivery in source.poll(0.2):
+                    assert isinstance(delivery.item, Trace)
+                    found.append(delivery.item.trace_id)
+                    offsets[delivery.partition] = delivery.offset + 1
+                source.lag()
+
+        for n in range(20):
+            sink.offer(make_named(make_trace(1), f"t-{n}", f"r{n}"))
+        read(20, 30)
+        source.commit(offsets)
+        broker.stall()
+        read(21, 4)  # past the session's timeout
+        source.commit(offsets)
+        assert len(found) == 20
+        broker.go_on()
+        for n in range(20, 40):
+            sink.offer(make_named(make_trace(1), f"t-{n}", f"r{n}"))
+        read(40, 40)
+        read(41, 1)
+        source.close()
+        sink.close()
+    assert sorted(found, key=lambda name: int(name[2:])) == [f"t-{n}" for n in range(40)]
+
+
 #: Offers traces for ever; says of each that it was acknowledged or laid down only once the sink has counted it.
 PRODUCER = """
 import importlib.util, os, sys, time
