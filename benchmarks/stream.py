@@ -111,9 +111,9 @@ class _Ours(_Side):
         while not sink.counters().written:
             time.sleep(0.001)
         began = time.perf_counter()
-        for _ in range(self._count):
-            while sink.counters().waiting_bytes > settings.buffer_bytes // 2:
-                time.sleep(0.0005)
+        for number in range(self._count):
+            while number % 8 == 0 and sink.counters().waiting_bytes > settings.buffer_bytes // 2:
+                time.sleep(0.001)
             sink.offer(self._trace)
         while sink.counters().waiting:
             time.sleep(0.0005)

@@ -41,7 +41,7 @@ def _check_rounds(rounds: Rounds, length: int, drafters: int) -> None:
     count, nodes = len(root), len(tokens)
     rows = count + nodes
     _require(len(size) == count and int(size.sum(dtype=np.int64)) == nodes, "rounds.size", "does not add up to tokens")
-    _require(bool((np.diff(root) > 0).all()), "rounds.root", "not ascending")
+    _require(bool((root[1:] > root[:-1]).all()), "rounds.root", "not ascending")
     _require(not count or int(root[-1]) < length, "rounds.root", "past the last token")
     _ids("rounds.bonus", rounds.bonus, count)
 
@@ -63,12 +63,13 @@ def _check_paths(rounds: Rounds, size: NDArray[Any], nodes: int) -> None:
     parents = _array("rounds.parents", rounds.parents, ("i2",), (nodes,))
     accepted = _array("rounds.accepted", rounds.accepted, ("u1",), (nodes,))
     of_round = np.repeat(np.arange(len(size)), size)
-    local = np.arange(nodes) - (np.cumsum(size) - size)[of_round]
+    local = np.arange(nodes) - (size.cumsum() - size)[of_round]
     _require(bool(((parents >= -1) & (parents < local)).all()), "rounds.parents", "a parent after its child")
     _require(not nodes or int(accepted.max()) <= 1, "rounds.accepted", "expected 0 or 1")
-    path = np.flatnonzero(accepted)
-    follows = np.concatenate(([False], of_round[path][1:] == of_round[path][:-1]))[: len(path)]
-    before = np.where(follows, np.roll(local[path], 1), -1)
+    path = accepted.nonzero()[0]
+    before = np.full(len(path), -1)
+    follows = of_round[path[1:]] == of_round[path[:-1]]
+    before[1:][follows] = local[path[:-1]][follows]
     _require(bool((parents[path] == before).all()), "rounds.accepted", "not one path from the root")
 
 
@@ -100,7 +101,9 @@ def _ids(name: str, array: Array, length: int | None = None) -> NDArray[Any]:
 
 
 def _array(name: str, array: Array, dtypes: tuple[DType, ...], shape: tuple[int | None, ...]) -> NDArray[Any]:
-    fits = len(array.shape) == len(shape) and all(want in (None, n) for want, n in zip(shape, array.shape, strict=True))
+    fits = array.shape == shape or (
+        len(array.shape) == len(shape) and all(want in (None, n) for want, n in zip(shape, array.shape, strict=True))
+    )
     if not fits or array.dtype not in dtypes:  # spelled only here: a trace has dozens of arrays
         wanted = f"{'/'.join(dtypes)}[{','.join('*' if n is None else str(n) for n in shape)}]"
         raise CorruptRecord(f"{name}: is {describe(array)}, expected {wanted}")
