@@ -168,7 +168,7 @@ class KafkaSource:
     A partition that comes to this consumer, at the start or from another one, is read from
 
     - the offset last given to ``seek`` for it, unless another member of the group has committed a later one since;
-    - without one, and when it returns after having left, where the group has committed;
+    - without one, and when it returns after it was handed over, where the group has committed;
     - else, or where the broker no longer has that, the oldest record.
 
     Before a partition leaves, the action given to ``on_release`` runs: what it commits is where the next owner begins.
@@ -244,6 +244,7 @@ class KafkaSource:
         items: list[Delivery] = []
         while not items:
             left = max(0.0, deadline - time.monotonic())
+            fetched: dict[TopicPartition, list[ConsumerRecord]] = {}  # kept whatever fails after it
             try:
                 fetched = self._consumer.poll(timeout_ms=min(left, _TICK_S) * 1000, max_records=limit)
                 if not fetched:
@@ -253,7 +254,6 @@ class KafkaSource:
             except KafkaError as error:
                 if not error.retriable:
                     raise StreamUnavailable(f"{self._topic}: {error!r}") from error
-                fetched = {}
             for place, records in fetched.items():
                 items += [item for record in records if (item := self._read(place, record))]
             if not left:
@@ -402,14 +402,15 @@ class KafkaSource:
         except KafkaError as error:
             log.warning("offsets are not committed, the next owner will repeat some: %r", error)
         finally:
+            self._leaving = set()
             self.lost(places)
+            for place in places:
+                self._next.pop(place, None)
 
     def lost(self, places: set[TopicPartition]) -> None:
-        """They are no longer ours."""
-        self._leaving = set()
+        """They are no longer ours, and nothing was handed over: should they come back, we know what we have used."""
         self._gained -= places
         for place in places:
-            self._next.pop(place, None)
             self._forget(place)
 
     def assigned(self, places: set[TopicPartition]) -> None:

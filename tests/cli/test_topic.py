@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from .test_traces import records
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
+    if given := os.environ.get("LIVEDRAFT_TEST_KAFKA"):
+        yield f"kafka://{given}"
+        return
     with memory_broker() as broker:
         yield f"kafka://{broker.address}"
 
