@@ -6,6 +6,7 @@ with the offsets, as the real one does with its weights.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import statistics
@@ -21,7 +22,9 @@ import msgspec
 from livedraft.benchmarks.stream import make_trace
 from livedraft.cli.local_broker import LocalBroker, durable_broker
 from livedraft.cli.provenance import provenance, write
+from livedraft.contracts.errors import StreamUnavailable
 from livedraft.contracts.messages import Offsets, Record, Trace
+from livedraft.contracts.ports import TraceSource
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.contracts.stopping import stopping
 from livedraft.traces.urls import open_sink, open_source
@@ -48,9 +51,15 @@ class Learned(Record, frozen=True, kw_only=True):
 def chaos(place: Path | None, seed: int, kills: int) -> None:
     """See ``livedraft bench chaos --help``."""
     chance = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, durable_broker() as broker:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        durable_broker() as broker,
+        contextlib.ExitStack() as children,
+    ):
         site = _Site(broker, Path(folder))
         producer, trainer = _Child(site, "producer"), _Child(site, "trainer")
+        for child in (producer, trainer):
+            children.callback(child.kill)
         time.sleep(_CALM_S)
         calm = producer.latencies()
         done: Counter[str] = Counter()
@@ -109,10 +118,14 @@ class _Child:
         self._latencies: list[float] = []
         self._start()
 
-    def kill_and_restart(self) -> None:
-        """SIGKILL, and another one at once."""
+    def kill(self) -> None:
+        """SIGKILL.  Safe to call after the end."""
         self._process.kill()
         self._ended()
+
+    def kill_and_restart(self) -> None:
+        """SIGKILL, and another one at once."""
+        self.kill()
         self._start()
 
     def stop(self) -> None:
@@ -206,7 +219,7 @@ def _produce(traces: Traces, kafka: Kafka, life: str) -> None:
 def _train(traces: Traces, kafka: Kafka, state: Path) -> None:
     """Learn for ever; state and offsets are replaced together a few times a second."""
     learned = _load(state)
-    source = open_source(traces, "trainer", kafka)
+    source = _open_source(traces, kafka)
     offsets, traces_seen, repeated = dict(learned.offsets), set(learned.traces), learned.repeated
 
     def save() -> None:
@@ -232,6 +245,15 @@ def _train(traces: Traces, kafka: Kafka, state: Path) -> None:
                 saved_at = time.monotonic()
     save()
     source.close()
+
+
+def _open_source(traces: Traces, kafka: Kafka) -> TraceSource:
+    """Tried again while the broker is dead: a trainer that cannot start is started again."""
+    while True:
+        try:
+            return open_source(traces, "trainer", kafka)
+        except StreamUnavailable:
+            time.sleep(0.2)
 
 
 def _main(role: str, traces: str, kafka: str, state: str, life: str) -> None:
