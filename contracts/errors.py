@@ -7,6 +7,7 @@ LivedraftError
 ├── NotFound               404  unknown model, version or alias
 ├── BodyTooLarge           413
 ├── Overloaded             503  no free place, or shutting down
+├── EngineUnavailable      502  the engine behind the gateway failed
 ├── SettingsError          500  a settings file; names file and key
 ├── TraceError             500
 │   ├── CorruptRecord      500  bytes that are not a trace; dead-lettered, never fatal to a reader
@@ -77,6 +78,13 @@ class Overloaded(LivedraftError):
     status = 503
     kind = "overloaded_error"
     code = "overloaded"
+
+
+class EngineUnavailable(LivedraftError):
+    """The engine behind the gateway failed, or sent nothing for too long; no other could take over."""
+
+    status = 502
+    code = "engine_unavailable"
 
 
 class SettingsError(LivedraftError):

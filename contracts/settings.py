@@ -7,6 +7,7 @@ errors: a setting that is silently ignored is a bug that takes a day to find.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,12 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Engine(_Section, frozen=True, kw_only=True):
-    """The embedded engine (``local:``) or a remote one."""
+    """The embedded engine (``local:``) or engines in processes of their own."""
 
-    #: ``local:`` or ``sglang+http://host:port``.
+    #: ``local:``, or where gateway and controller find the engines: ``http://host:port[,http://host:port]``.
     url: str = "local:"
+    #: Where `livedraft engine` keeps the drafter that it starts with while the registry is down.
+    folder: str = "runs/live/engine"
     #: Folder or Hugging Face id of the target; "bundled" is the one that ships with the project.
     target: str = "bundled"
     #: Requests decoded together.
@@ -49,6 +52,17 @@ class Engine(_Section, frozen=True, kw_only=True):
     #: Width of a new drafter's MLP; 0 takes the target's.
     draft_intermediate: int = 0
 
+    @property
+    def remote(self) -> tuple[str, ...]:
+        """Base URLs of engines in other processes; none for ``local:``.  Raises SettingsError."""
+        if self.url == "local:":
+            return ()
+        bases = tuple(base.strip().rstrip("/") for base in self.url.split(","))
+        for base in bases:
+            if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", base):
+                raise SettingsError(f"engine.url: {base!r}, expected local: or http://host:port[,http://host:port]")
+        return bases
+
 
 class Gateway(_Section, frozen=True, kw_only=True):
     """The HTTP endpoint."""
@@ -59,6 +73,13 @@ class Gateway(_Section, frozen=True, kw_only=True):
     api_keys_file: str | None = None
     #: Key for the ``/admin`` routes; none: they answer only to the loopback interface.
     admin_key: str | None = None
+    #: Secret that gateway and engines share: an engine takes the tenant from a gateway that sends it, and believes
+    #: nobody else.
+    engine_key: str | None = None
+    #: Seconds between two looks at each engine's ``/readyz``.
+    health_s: float = 1.0
+    #: Seconds without a byte after which a request to an engine is given up.
+    engine_timeout_s: float = 600.0
     max_body_bytes: int = 1 << 20
     max_tokens_limit: int = 1024
     #: Most choices (``n``) per request.
@@ -70,7 +91,8 @@ class Gateway(_Section, frozen=True, kw_only=True):
 class Traces(_Section, frozen=True, kw_only=True):
     """The trace stream."""
 
-    #: ``spool:///absolute/path``, ``spool://relative/path`` or ``kafka://host:port[,host:port]`` (see [kafka]).
+    #: ``spool:///absolute/path``, ``spool://relative/path`` or ``kafka://host:port[,host:port]`` (see [kafka]); an
+    #: engine may instead hand its traces to a relay at ``relay+tcp://host:port`` (see [relay]).
     url: str = "spool://runs/live/traces"
     #: Total size kept; the oldest segments go first.
     retain_bytes: int = 2 << 30
@@ -138,6 +160,23 @@ class Kafka(_Section, frozen=True, kw_only=True):
     #: File with the password on its first line; or LIVEDRAFT_KAFKA__SASL_PASSWORD in the environment.
     sasl_password_file: str | None = None
     sasl_password: str | None = None
+
+
+class Relay(_Section, frozen=True, kw_only=True):
+    """The relay between engines and the stream; what it publishes to is ``traces.url``."""
+
+    #: Where it takes traces from engines.  They come in the clear and from whoever reaches the port.
+    listen: str = "tcp://127.0.0.1:5555"
+    #: Largest trace an engine may send.
+    max_trace_bytes: int = 64 << 20
+
+
+class Metrics(_Section, frozen=True, kw_only=True):
+    """``/metrics`` and ``/healthz`` of relay, trainer and controller; engine and gateway have them on their port."""
+
+    host: str = "127.0.0.1"
+    #: 0: none.
+    port: int = 0
 
 
 class Trainer(_Section, frozen=True, kw_only=True):
@@ -237,6 +276,8 @@ class Settings(_Section, frozen=True, kw_only=True):
     gateway: Gateway = Gateway()
     traces: Traces = Traces()
     kafka: Kafka = Kafka()
+    relay: Relay = Relay()
+    metrics: Metrics = Metrics()
     trainer: Trainer = Trainer()
     swap: Swap = Swap()
     registry: Registry = Registry()

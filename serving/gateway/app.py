@@ -25,7 +25,7 @@ from livedraft.contracts.settings import Gateway
 from livedraft.serving.gateway import errors
 from livedraft.serving.gateway.errors import ModelNotFound
 from livedraft.serving.gateway.generations import generations, labels
-from livedraft.serving.gateway.keys import Keys, load_keys, require_admin
+from livedraft.serving.gateway.keys import TENANT_HEADER, Keys, load_keys, require_admin
 from livedraft.serving.gateway.limits import BodyLimit
 from livedraft.serving.gateway.metrics import Metrics, Observed, StreamCollector
 from livedraft.serving.gateway.responses import Answer, ChatRendering, CompletionRendering, Rendering
@@ -34,6 +34,7 @@ from livedraft.serving.gateway.stream import EventStream, submitted, while_conne
 from livedraft.serving.gateway.traffic import Traffic
 from livedraft.traces.sink import SinkCounters
 from prometheus_client.exposition import choose_encoder
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 
@@ -44,14 +45,17 @@ def create_app(
     *,
     opted_out: Collection[str] = (),
     environ: Mapping[str, str] = os.environ,
+    swapped: Callable[[SwapRequest], None] = lambda _: None,
     stream: Callable[[], SinkCounters] | None = None,
 ) -> FastAPI:
     """The endpoint in front of ``engine``, which it neither starts nor closes.
 
-    ``opted_out`` are the tenants whose requests are never traced; ``stream`` counts what became of the traces, for
-    ``/metrics``.  Raises SettingsError for an unusable file of keys.
+    ``opted_out`` are the tenants whose requests are never traced; ``swapped`` hears of every swap that was applied,
+    on a thread of its own; ``stream`` counts what became of the traces, for ``/metrics``.  Raises SettingsError for
+    an unusable file of keys.
     """
-    endpoint = Endpoint(engine, settings, model_name, load_keys(settings.api_keys_file, environ), opted_out)
+    keys = load_keys(settings.api_keys_file, environ, settings.engine_key)
+    endpoint = Endpoint(engine, settings, model_name, keys, opted_out, swapped)
     if stream is not None:
         endpoint.metrics.registry.register(StreamCollector(stream))
     app = FastAPI(title="livedraft", openapi_url=None)
@@ -68,7 +72,13 @@ class Endpoint:
     """The routes and what they need."""
 
     def __init__(
-        self, engine: Engine, settings: Gateway, model: str, keys: Keys, opted_out: Collection[str] = ()
+        self,
+        engine: Engine,
+        settings: Gateway,
+        model: str,
+        keys: Keys,
+        opted_out: Collection[str],
+        swapped: Callable[[SwapRequest], None],
     ) -> None:
         self.engine = engine
         self.traffic = Traffic()
@@ -77,6 +87,7 @@ class Endpoint:
         self._model = model
         self._keys = keys
         self._opted_out = frozenset(opted_out)
+        self._swapped = swapped
         self._created = int(time.time())
         # Log-probabilities name up to 21 tokens for each one generated: the tokenizer would hold the event loop.
         self._spell = lru_cache(maxsize=1 << 17)(lambda token: engine.decode([token]))
@@ -106,12 +117,12 @@ class Endpoint:
 
     async def models(self, request: Request) -> Response:
         """The one model served."""
-        self._keys.tenant(request.headers.get("authorization"))
+        self._tenant(request)
         return _json({"object": "list", "data": [self._card]})
 
     async def one_model(self, request: Request, model: str) -> Response:
         """That model, by its id."""
-        self._keys.tenant(request.headers.get("authorization"))
+        self._tenant(request)
         self._require_model(model)
         return _json(self._card)
 
@@ -145,14 +156,20 @@ class Endpoint:
         asked = decode(await request.body(), SwapRequest)
         receipt = await run_in_threadpool(self.engine.swap, asked)
         self.metrics.swapped(receipt)
-        return _json(receipt)
+        response = _json(receipt)
+        response.background = BackgroundTask(self._swapped, asked)
+        return response
+
+    async def close(self) -> None:
+        """End what still runs; its clients are told."""
+        await run_in_threadpool(self.engine.close, 0.0)
 
     async def _answer(
         self, request: Request, kind: type[ChatRequest] | type[CompletionRequest], rendering: Rendering
     ) -> Response:
         with ExitStack() as held:
             held.enter_context(self.traffic.admit())
-            tenant = self._keys.tenant(request.headers.get("authorization"))
+            tenant = self._tenant(request)
             asked = decode(await request.body(), kind, UNSUPPORTED)
             self._require_model(asked.model)
             prompts = await run_in_threadpool(asked.prompts, self.engine)
@@ -188,6 +205,9 @@ class Endpoint:
                 self.metrics.first_token_seconds.observe(time.perf_counter() - started)
                 waiting = False
             yield index, delta
+
+    def _tenant(self, request: Request) -> str:
+        return self._keys.tenant(request.headers.get("authorization"), request.headers.get(TENANT_HEADER))
 
     def _require_model(self, model: str) -> None:
         if model != self._model:

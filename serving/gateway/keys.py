@@ -7,35 +7,51 @@ import hmac
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from livedraft.contracts.errors import SettingsError, Unauthorized
 
 ENVIRONMENT = "LIVEDRAFT_API_KEYS"
+#: In which a gateway tells an engine whose request it is.
+TENANT_HEADER = "x-livedraft-tenant"
 DEFAULT_TENANT = "default"
 
 
 class Keys:
     """Known API keys with their tenants.  Without any, everybody may ask as the default tenant.
 
+    ``engine_key`` is a gateway's: its holder has authenticated the client and names the tenant.  It is a secret and
+    not an address, because addresses are shared and forged.  An engine that has one asks everybody for a key.
+
     Only digests are kept, and every one is compared in constant time, so that neither memory nor timing
     tells a key.
     """
 
-    def __init__(self, tenants: Mapping[str, str]) -> None:
+    def __init__(self, tenants: Mapping[str, str], engine_key: str | None = None) -> None:
         self._tenants = {_digest(key): tenant for key, tenant in tenants.items()}
+        self._gateway = _digest(engine_key) if engine_key else None
 
-    def tenant(self, authorization: str | None) -> str:
-        """Tenant of an ``Authorization: Bearer KEY`` header.  Raises Unauthorized."""
-        if not self._tenants:
+    def __bool__(self) -> bool:
+        """Whether a key is asked for."""
+        return bool(self._tenants) or self._gateway is not None
+
+    def tenant(self, authorization: str | None, on_behalf_of: str | None = None) -> str:
+        """Tenant of an ``Authorization: Bearer KEY`` header; ``on_behalf_of`` counts with the gateway's key alone.
+
+        Raises Unauthorized.
+        """
+        if not self:
             return DEFAULT_TENANT
         offered = _digest(bearer(authorization))
+        if self._gateway is not None and hmac.compare_digest(self._gateway, offered):
+            return unquote(on_behalf_of or DEFAULT_TENANT)
         matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, offered)]
         if not matches:
             raise Unauthorized("missing or wrong API key; send it as `Authorization: Bearer KEY`")
         return matches[0]
 
 
-def load_keys(path: str | None, environ: Mapping[str, str]) -> Keys:
+def load_keys(path: str | None, environ: Mapping[str, str], engine_key: str | None = None) -> Keys:
     """Keys of a file and of the environment's ``LIVEDRAFT_API_KEYS``.
 
     The file has ``key`` or ``key tenant`` a line and # comments, the variable ``key`` or ``key:tenant`` by commas.
@@ -48,7 +64,7 @@ def load_keys(path: str | None, environ: Mapping[str, str]) -> Keys:
         if not key:
             raise SettingsError(f"{ENVIRONMENT}: an entry has no key, expected key or key:tenant")
         tenants[key] = tenant or DEFAULT_TENANT
-    return Keys(tenants)
+    return Keys(tenants, engine_key)
 
 
 def require_admin(admin_key: str | None, authorization: str | None, host: str | None) -> None:

@@ -21,12 +21,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
-class Metrics:
-    """One app's own registry."""
+class HttpMetrics:
+    """What any endpoint counts and times, in a registry of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine))
         self.requests = Counter(names.REQUESTS, "HTTP requests answered.", ("route", "status"), registry=self.registry)
         self.request_seconds = Histogram(
             names.REQUEST_SECONDS,
@@ -35,6 +34,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+
+
+class Metrics(HttpMetrics):
+    """With the engine's."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.registry.register(EngineCollector(engine))
         self.first_token_seconds = Histogram(
             names.FIRST_TOKEN_SECONDS,
             "Seconds from request to its first token.",
@@ -115,12 +122,14 @@ class StreamCollector(Collector):
 
 
 class Observed:
-    """ASGI middleware: gives every request an id and a start time, answers with the id, counts and times it.
+    """ASGI middleware: gives every request an id and a start time, answers with an id, counts and times it.
+
+    The id in the answer is the application's where it has set one, so that an engine's comes through a gateway.
 
     ``request.state.request_id`` is a str, ``request.state.started`` in seconds of ``time.perf_counter``.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
@@ -137,7 +146,7 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).setdefault("x-request-id", request_id)
             await send(message)
 
         try:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.settings import Gateway
-from livedraft.serving.gateway.app import Endpoint
+from livedraft.serving.gateway.traffic import Traffic
 
 #: Seconds that answers already complete get to reach their clients.
 FLUSH_S = 5
@@ -22,14 +23,24 @@ FLUSH_S = 5
 KEEP_ALIVE_S = 75
 
 
-def serve(app: FastAPI, settings: Gateway) -> None:
-    """Answer on ``settings.host:port`` until SIGTERM or SIGINT, drain, close the engine, return.
+class Answering(Protocol):
+    """What ``app.state.endpoint`` is: the routes' common ground."""
 
-    A second signal ends the drain: what still runs is told so.  Belongs in the main thread.  Raises
-    SettingsError when the address cannot be used.
+    traffic: Traffic
+
+    async def close(self) -> None:
+        """End what still runs; its clients are told."""
+
+
+def serve(app: FastAPI, settings: Gateway, stop: threading.Event | None = None) -> None:
+    """Answer on ``settings.host:port`` until SIGTERM or SIGINT, drain, close the endpoint, return.
+
+    A second signal ends the drain: what still runs is told so.  ``stop`` set, perhaps by a signal that came before
+    the server listened to them, counts as the first.  Belongs in the main thread.  Raises SettingsError when the
+    address cannot be used.
     """
     with listen(settings) as listener:
-        DrainingServer(app, settings).run(sockets=[listener])
+        DrainingServer(app, settings, stop).run(sockets=[listener])
 
 
 @contextmanager
@@ -77,7 +88,7 @@ class DrainingServer(uvicorn.Server):
     /readyz says 503 meanwhile, so that a load balancer looks elsewhere, and new requests are refused.
     """
 
-    def __init__(self, app: FastAPI, settings: Gateway) -> None:
+    def __init__(self, app: FastAPI, settings: Gateway, stop: threading.Event | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -89,13 +100,15 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self.url = ""
-        self._endpoint: Endpoint = app.state.endpoint
+        self._endpoint: Answering = app.state.endpoint
+        self._stop = stop
         self._drain_s = settings.drain_s
         self._hurried = False
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends its main loop."""
-        if not await super().on_tick(counter):
+        stop = self._stop is not None and self._stop.is_set()
+        if not await super().on_tick(counter) and not stop:
             return False
         await self._drain()
         return True
@@ -111,4 +124,4 @@ class DrainingServer(uvicorn.Server):
         deadline = time.monotonic() + self._drain_s
         while traffic.in_flight and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self._endpoint.engine.close, 0.0)  # what is left has had its time
+        await self._endpoint.close()  # what is left has had its time

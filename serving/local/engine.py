@@ -25,6 +25,7 @@ from livedraft.contracts.ports import TraceSink
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.kernels.sampling import distribution
 from livedraft.kernels.verify import verify_chain, verify_greedy, verify_tree
+from livedraft.serving.local import place
 from livedraft.serving.local import target as targets
 from livedraft.serving.local.capture import Capture, Origin, Recording
 from livedraft.serving.local.depth import DepthControl
@@ -96,12 +97,12 @@ class LocalEngine:
         buffer_bytes: int = 64 << 20,
     ) -> None:
         torch.set_num_threads(settings.threads)
-        folder = targets.find(settings.target)
+        folder = place.find(settings.target)
         self.folder = folder
         self._settings = settings
         self._text = Text(folder)
         self.target = Target(folder, slots=settings.max_running, context_length=settings.context_length)
-        self._name = targets.name(settings.target)
+        self._name = place.name(settings.target)
         self._revision = targets.revision(folder)
         self._drafter: Drafter | None = None
         if drafter is not None:

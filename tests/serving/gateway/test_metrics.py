@@ -93,7 +93,7 @@ def test_requests_are_counted_and_timed_by_route_and_status(start: Serve, chat: 
     # 20 rounds of 10 ms each; the first token comes with the first of them
     first = samples[names.FIRST_TOKEN_SECONDS + "_sum", ()]
     whole = samples[names.REQUEST_SECONDS + "_sum", (("route", CHAT),)]
-    assert whole > 0.4
+    assert whole > 0.3
     assert 0 < first < whole / 2
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from livedraft.contracts.errors import BadRequest
+from livedraft.serving.local.place import find
 from livedraft.serving.local.propose import Proposal, tree_layout
-from livedraft.serving.local.target import Target, find
+from livedraft.serving.local.target import Target
 from transformers import AutoModelForCausalLM
 
 from tests.serving.local.models import BUNDLED, make_target

@@ -1,0 +1,107 @@
+"""The engines behind a gateway: which of them answer, and which of those has least to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+
+import httpx
+from livedraft.contracts import metrics as names
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+log = logging.getLogger(__name__)
+
+#: Seconds an engine gets to say whether it is ready.
+_PROBE_S = 2.0
+
+
+class Replica:
+    """One engine, as far as the gateway knows.  Belongs to the event loop's thread."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.ready = False
+        self.in_flight = 0
+        #: Number of the request it was given last; the one idle longest is next among equals.
+        self.last = 0
+        self._said = ""
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Count a request while it is answered here."""
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def found(self, ready: bool, why: str = "") -> None:
+        """Note what a look, or a request, has shown; logged when it is news."""
+        if ready != self.ready or (not ready and why != self._said):
+            log.log(logging.INFO if ready else logging.WARNING, "%s is %s", self.base, "ready" if ready else why)
+        self.ready, self._said = ready, why
+
+
+class Replicas:
+    """All of them.
+
+    asyncio.create_task(replicas.watch(client, every_s=1.0))
+    if replica := replicas.choose():
+        with replica.busy(): ...
+    """
+
+    def __init__(self, bases: Sequence[str]) -> None:
+        self.all = [Replica(base) for base in bases]
+        self._number = count(1)
+
+    def ready(self, but: Collection[Replica] = ()) -> list[Replica]:
+        """Those that answer, none of ``but``."""
+        return [replica for replica in self.all if replica.ready and replica not in but]
+
+    def choose(self, but: Collection[Replica] = ()) -> Replica | None:
+        """The ready one with the fewest requests in flight, none of ``but``; None when there is none."""
+        if not (free := self.ready(but)):
+            return None
+        chosen = min(free, key=lambda replica: (replica.in_flight, replica.last))
+        chosen.last = next(self._number)
+        return chosen
+
+    async def watch(self, client: httpx.AsyncClient, every_s: float) -> None:
+        """Look at each every so often, for ever."""
+        while True:
+            await self.look(client)
+            await asyncio.sleep(every_s)
+
+    async def look(self, client: httpx.AsyncClient) -> None:
+        """Ask each whether it is ready."""
+        await asyncio.gather(*(self._ask(replica, client) for replica in self.all))
+
+    async def _ask(self, replica: Replica, client: httpx.AsyncClient) -> None:
+        try:
+            answer = await client.get(f"{replica.base}/readyz", timeout=_PROBE_S)
+        except httpx.HTTPError as error:
+            replica.found(False, f"unreachable: {error or type(error).__name__}")
+        else:
+            replica.found(answer.is_success, f"not ready: {answer.status_code}")
+
+
+class ReplicaCollector(Collector):
+    """What the gateway thinks of each."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
+        """Read them."""
+        up = GaugeMetricFamily(names.REPLICA_UP, "Whether an engine is ready.", labels=["replica"])
+        busy = GaugeMetricFamily(names.REPLICA_IN_FLIGHT, "Requests an engine is answering.", labels=["replica"])
+        for replica in self._replicas.all:
+            up.add_metric([replica.base], replica.ready)
+            busy.add_metric([replica.base], replica.in_flight)
+        yield up
+        yield busy

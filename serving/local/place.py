@@ -1,0 +1,29 @@
+"""Where a target lies and what it is called; without torch, for processes that only read its text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from livedraft.contracts.errors import BadRequest
+
+
+def find(name: str) -> Path:
+    """Folder of a target: "bundled", a path, or a Hugging Face id (downloaded when absent from its cache)."""
+    if name == "bundled":
+        return Path(__file__).parents[2] / "models" / "tiny"
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BadRequest(
+            f"{name!r} is neither a folder nor a Hugging Face id that can be fetched: {error}", field="target"
+        ) from error
+
+
+def name(target: str) -> str:
+    """What the target of the setting ``engine.target`` is called: in ``/v1/models``, traces and manifests."""
+    return "livedraft-tiny" if target == "bundled" else target
