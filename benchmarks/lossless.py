@@ -23,8 +23,8 @@ from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.messages import Delivery, Trace
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Trainer
-from livedraft.serving.local import target as targets
 from livedraft.serving.local.engine import LocalEngine
+from livedraft.serving.local.place import find
 from livedraft.traces.memory import MemoryStream
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.model import Drafter
@@ -52,7 +52,7 @@ def lossless(place: Path | None, target: str, threads: int, prompts: int, tokens
     asked, taught = rendered[:prompts], rendered[prompts:]
     with tempfile.TemporaryDirectory() as folder:
         drafters = _teach(plain, taught, tokens, Path(folder))
-        reference = Reference.generate(targets.find(target), asked, tokens)
+        reference = Reference.generate(find(target), asked, tokens)
         modes = {}
         for name, settings in _modes(target, threads).items():
             for at_once in (1, 8):
@@ -189,7 +189,7 @@ def _teach(settings: EngineSettings, prompts: Sequence[Prompt], tokens: int, fol
     engine.close()
     snapshots = [fresh_drafter(settings, folder / "0")]
     config, manifest = checkpoint.verify(snapshots[0])
-    target = read_target(targets.find(settings.target))
+    target = read_target(find(settings.target))
     learner = Learner(
         Drafter.from_checkpoint(snapshots[0], target.embedding),
         TargetId(

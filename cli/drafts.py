@@ -188,11 +188,11 @@ def _registry(settings: Settings) -> Registry:
 
 
 def _swapper(settings: Settings, registry: Registry) -> Swapper:
-    from livedraft.cli.wiring import gateway_url
+    from livedraft.cli.wiring import engine_url
     from livedraft.swap.engine_admin import HttpEngineAdmin
     from livedraft.swap.swapper import Swapper
 
-    engine = HttpEngineAdmin(gateway_url(settings), settings.gateway.admin_key)
+    engine = HttpEngineAdmin(engine_url(settings), settings.gateway.admin_key)
     return Swapper(registry, engine, Path(settings.swap.folder))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from livedraft.cli import wiring
 from livedraft.cli.wiring_registry import open_registry
-from livedraft.contracts.errors import LivedraftError, Overloaded, RegistryUnavailable
+from livedraft.contracts.errors import LivedraftError, Overloaded, RegistryUnavailable, SettingsError
 from livedraft.contracts.settings import Settings
 from livedraft.contracts.stopping import stopping
 from livedraft.swap.mlflow_server import MlflowServer
@@ -157,6 +157,8 @@ def stack(
 
 def up(settings: Settings, config: Path | None, target: str) -> None:
     """Run until SIGINT or SIGTERM."""
+    if settings.engine.remote:
+        raise SettingsError(f"engine.url is {settings.engine.url!r}, expected local: for `livedraft up`")
     console = Console()
     with stopping() as stop, stack(settings, config, target, console) as running:
         base = wiring.gateway_url(settings)
@@ -175,7 +177,7 @@ def up(settings: Settings, config: Path | None, target: str) -> None:
 
 
 def _model(settings: Settings) -> str:
-    from livedraft.serving.local.target import name
+    from livedraft.serving.local.place import name
 
     return name(settings.engine.target)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from livedraft.cli.announcing import AnnouncingRegistry
 from livedraft.cli.wiring_registry import open_registry
-from livedraft.contracts.errors import SettingsError
-from livedraft.contracts.messages import DrafterVersion, Manifest
+from livedraft.contracts.errors import RegistryUnavailable, SettingsError
+from livedraft.contracts.messages import DrafterVersion, Manifest, SwapRequest
 from livedraft.contracts.ports import Registry, TraceSink
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Settings
@@ -23,9 +24,16 @@ from livedraft.traces.urls import open_announcements, open_sink, open_source
 
 if TYPE_CHECKING:
     from livedraft.serving.local.engine import LocalEngine
+    from livedraft.traces.relay_sink import RelaySink
+    from livedraft.traces.sink import QueuedSink
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Frozen drafter of day 0, beside the trainer's checkpoints.
 DAY_0 = "day0"
+#: Seconds between two tries to reach a registry that does not answer.
+_REGISTRY_PAUSE_S = 2.0
 
 
 def leave_with_parent() -> None:
@@ -48,57 +56,84 @@ def gateway_url(settings: Settings) -> str:
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{settings.gateway.port}"
 
 
+def engine_url(settings: Settings) -> str:
+    """Where the engine that swaps drafters answers.  Raises SettingsError where several are named."""
+    remote = settings.engine.remote
+    if len(remote) > 1:
+        raise SettingsError(f"engine.url names {len(remote)} engines; drafters are swapped in one engine so far")
+    return remote[0] if remote else gateway_url(settings)
+
+
+def once_answered(ask: Callable[[], T], stop: threading.Event) -> T | None:
+    """What ``ask`` returns once the registry answers; None when ``stop`` is set first."""
+    said = ""
+    while not stop.is_set():
+        try:
+            return ask()
+        except RegistryUnavailable as error:
+            if str(error) != said:
+                log.warning("waiting for the registry, trying again every %g s: %s", _REGISTRY_PAUSE_S, error)
+            said = str(error)
+        stop.wait(_REGISTRY_PAUSE_S)
+    return None
+
+
 def write_fresh_drafter(engine: EngineSettings, folder: Path, seed: int) -> None:
     """Write a drafter that knows nothing of the target but its head."""
     import torch
     from livedraft.contracts import checkpoint
+    from livedraft.serving.local import place
     from livedraft.serving.local import target as targets
     from livedraft.serving.local.text import Text
     from livedraft.trainer.model import Drafter
     from livedraft.trainer.target import fresh_config, read_target
 
-    place = targets.find(engine.target)
-    target = read_target(place)
+    folder_of_target = place.find(engine.target)
+    target = read_target(folder_of_target)
     config = fresh_config(target, intermediate_size=engine.draft_intermediate, draft_vocab=engine.draft_vocab)
     with torch.random.fork_rng():
         drafter = Drafter.fresh(target, config, seed=seed)
     manifest = Manifest(
         tensors={},
-        target=targets.name(engine.target),
-        target_revision=targets.revision(place),
-        tokenizer_hash=Text(place).hash,
+        target=place.name(engine.target),
+        target_revision=targets.revision(folder_of_target),
+        tokenizer_hash=Text(folder_of_target).hash,
     )
     checkpoint.write(folder, config, drafter.to_arrays(), manifest)
 
 
-def day_0(settings: Settings) -> Path:
-    """Folder of the drafter that everything begins with; written once."""
-    folder = Path(settings.trainer.folder).resolve() / DAY_0
+def day_0(settings: Settings, beside: Path | None = None) -> Path:
+    """Folder of the drafter that everything begins with; written once.
+
+    It depends on target, settings and seed alone: processes that share no disk each write the same one.
+    """
+    folder = (beside or Path(settings.trainer.folder)).resolve() / DAY_0
     if not folder.exists():
         write_fresh_drafter(settings.engine, folder, settings.trainer.seed)
     return folder
 
 
-def live_drafter(settings: Settings, registry: Registry) -> tuple[Path, DrafterVersion]:
-    """Folder and version to serve with: what ``live`` points at, or the day-0 drafter, registered as the first."""
+def live_drafter(settings: Settings, registry: Registry, beside: Path | None = None) -> tuple[Path, DrafterVersion]:
+    """Folder and version to serve with: what ``live`` points at, or the day-0 drafter, registered as the first.
+
+    They are kept in ``beside``, by default the trainer's folder.
+    """
     from livedraft.contracts import checkpoint
 
     live = registry.resolve("live")
     if live is None:
-        folder = day_0(settings)
+        folder = day_0(settings, beside)
         live = registry.publish(folder, checkpoint.verify(folder)[1], {})
         registry.point("live", live.version)
         return folder, live
     # Not the controller's folder, which it tidies: serving must be able to start again from here.
-    return registry.fetch(live.version, Path(settings.trainer.folder).resolve() / "served"), live
+    return registry.fetch(live.version, (beside or Path(settings.trainer.folder)).resolve() / "served"), live
 
 
 def build_engine(settings: Settings, drafter: Path | None, version: str, sink: TraceSink) -> LocalEngine:
-    """The embedded engine, its traces going to ``sink``.  Raises SettingsError for another engine's URL."""
+    """The embedded engine, its traces going to ``sink``."""
     from livedraft.serving.local.engine import LocalEngine
 
-    if settings.engine.url != "local:":
-        raise SettingsError(f"engine.url is {settings.engine.url!r}; this version serves with 'local:' only")
     traces = settings.traces
     rule = functools.partial(admit, opted_out=traces.opted_out, sample_rate=traces.sample_rate)
     return LocalEngine(
@@ -111,8 +146,15 @@ def build_engine(settings: Settings, drafter: Path | None, version: str, sink: T
     )
 
 
-def serve(settings: Settings, drafter: Path, version: str) -> None:
-    """Gateway and embedded engine, until SIGTERM."""
+def serve(
+    settings: Settings,
+    drafter: Path,
+    version: str,
+    *,
+    stop: threading.Event | None = None,
+    swapped: Callable[[SwapRequest], None] = lambda _: None,
+) -> None:
+    """Endpoint and embedded engine, until SIGTERM or ``stop``; ``swapped`` hears of applied swaps."""
     import sys
 
     from livedraft.serving.gateway.app import create_app
@@ -120,42 +162,86 @@ def serve(settings: Settings, drafter: Path, version: str) -> None:
 
     # A stream of tokens must not wait for a thread that computes: hand the interpreter over sooner.
     sys.setswitchinterval(0.0005)
-    with contextlib.closing(open_sink(settings.traces, _redactor(settings), settings.kafka)) as sink:
+    with contextlib.closing(_engine_sink(settings)) as sink:
         engine = build_engine(settings, drafter, version, sink)
         app = create_app(
-            engine, settings.gateway, engine.name, opted_out=settings.traces.opted_out, stream=sink.counters
+            engine,
+            settings.gateway,
+            engine.name,
+            opted_out=settings.traces.opted_out,
+            swapped=swapped,
+            stream=sink.counters,
         )
-        answer(app, settings.gateway)
+        answer(app, settings.gateway, stop)
+
+
+def gateway(settings: Settings, stop: threading.Event) -> None:
+    """The proxy in front of the engines of ``engine.url``, until SIGTERM or ``stop``."""
+    from livedraft.serving.gateway.proxy import create_proxy
+    from livedraft.serving.gateway.server import serve as answer
+
+    if not (engines := settings.engine.remote):
+        raise SettingsError(f"engine.url is {settings.engine.url!r}, expected http://host:port for `livedraft gateway`")
+    answer(create_proxy(settings.gateway, engines, opted_out=settings.traces.opted_out), settings.gateway, stop)
+
+
+def _engine_sink(settings: Settings) -> QueuedSink | RelaySink:
+    """Where the engine leaves its traces: with a relay, which redacts them, or straight on the stream."""
+    traces = settings.traces
+    if not traces.url.startswith("relay+tcp://"):
+        return open_sink(traces, _redactor(settings), settings.kafka)
+    from livedraft.traces.relay_sink import RelaySink
+
+    return RelaySink(traces.url, buffer_bytes=traces.buffer_bytes, max_trace_bytes=settings.relay.max_trace_bytes)
+
+
+def relay(settings: Settings, stop: threading.Event) -> None:
+    """Engines' traces onto the stream, until ``stop``."""
+    from livedraft.cli.collectors import RelayCollector
+    from livedraft.cli.observed import observed
+    from livedraft.traces.relay import Relay
+
+    with contextlib.closing(open_sink(settings.traces, _redactor(settings), settings.kafka)) as sink:
+        running = Relay(settings.relay, sink)
+        with observed(settings.metrics, [RelayCollector(running, sink)], lambda: running.healthy):
+            log.info("taking traces at %s, publishing to %s", running.address, settings.traces.url)
+            running.run(stop)
 
 
 def _redactor(settings: Settings) -> Redactor:
-    from livedraft.serving.local import target as targets
-    from livedraft.serving.local.text import Text
-
     if settings.traces.redact == "nothing":
         return NoRedaction()
-    return PatternRedaction(Text(targets.find(settings.engine.target)).decode)
+    from livedraft.serving.local import place
+    from livedraft.serving.local.text import Text
+
+    return PatternRedaction(Text(place.find(settings.engine.target)).decode)
 
 
-def train(settings: Settings) -> None:
-    """The learning process, until SIGTERM or SIGINT."""
-    from livedraft.serving.local import target as targets
+def train(settings: Settings, stop: threading.Event) -> None:
+    """The learning process, until ``stop``."""
+    from livedraft.cli.collectors import TrainerCollector
+    from livedraft.cli.observed import observed
+    from livedraft.serving.local import place
     from livedraft.trainer import process
 
     registry = open_registry(settings.registry)
-    folder, live = live_drafter(settings, registry)
+    if (found := once_answered(lambda: live_drafter(settings, registry), stop)) is None:
+        return
+    folder, live = found
     with (
+        observed(settings.metrics, [TrainerCollector(settings.trainer)]),
         contextlib.closing(open_source(settings.traces, "trainer", settings.kafka)) as source,
         _announcing(settings, registry) as registry,
     ):
         process.main(
             settings.trainer,
-            target_folder=targets.find(settings.engine.target),
+            target_folder=place.find(settings.engine.target),
             drafter_folder=folder,
             version=live.version,
             source=source,
             registry=registry,
             held_out=settings.traces.held_out,
+            stop=stop,
         )
 
 
@@ -175,7 +261,9 @@ def control(settings: Settings, stop: threading.Event) -> None:
     import os
 
     import torch
-    from livedraft.serving.local import target as targets
+    from livedraft.cli.collectors import ControllerCollector
+    from livedraft.cli.observed import observed
+    from livedraft.serving.local import place
     from livedraft.swap.controller import Controller
     from livedraft.swap.engine_admin import HttpEngineAdmin
     from livedraft.swap.evidence import Evidence
@@ -187,7 +275,7 @@ def control(settings: Settings, stop: threading.Event) -> None:
     os.nice(5)
     torch.set_num_threads(1)
     swap = settings.swap
-    admin = HttpEngineAdmin(gateway_url(settings), settings.gateway.admin_key)
+    admin = HttpEngineAdmin(engine_url(settings), settings.gateway.admin_key)
     rules = GateRules(
         min_traces=swap.gate_min_traces,
         bootstrap=swap.bootstrap,
@@ -195,11 +283,13 @@ def control(settings: Settings, stop: threading.Event) -> None:
         cost=RoundCost(depth=settings.engine.draft_depth),
         engine_can_stop=settings.engine.adaptive_depth,
     )
-    replay = DraftReplay(targets.find(settings.engine.target), settings.engine.draft_depth)
+    replay = DraftReplay(place.find(settings.engine.target), settings.engine.draft_depth)
     with (
         contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source,
         _announcing(settings, open_registry(settings.registry)) as registry,
     ):
         swapper = Swapper(registry, admin, Path(swap.folder))
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
-        Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings)).run(stop)
+        controller = Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings))
+        with observed(settings.metrics, [ControllerCollector(swapper.journal)]):
+            controller.run(stop)

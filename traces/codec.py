@@ -43,12 +43,15 @@ class ExtendedTrace(Trace, frozen=True, kw_only=True):
     unknown: dict[str, dict[str, bytes]]
 
 
-def encode(trace: Trace) -> bytes:
-    """The record of a trace.  It is not validated: a reader does that, and need not trust a writer."""
+def encode(trace: Trace, *, packed: bool = True) -> bytes:
+    """The record of a trace.  It is not validated: a reader does that, and need not trust a writer.
+
+    ``packed=False`` leaves the features uncompressed: little more than a copy, for whoever has no time.
+    """
     flags, values = 0, trace.features.values
-    if values is not None:
-        packed = planes.pack(values.data, NUMPY[values.dtype].itemsize)
-        trace = _with_feature_bytes(trace, values, packed)
+    if packed and values is not None:
+        planed = planes.pack(values.data, NUMPY[values.dtype].itemsize)
+        trace = _with_feature_bytes(trace, values, planed)
         flags = PACKED_FEATURES
     body = _ENCODER.encode(_merged(trace) if isinstance(trace, ExtendedTrace) else trace)
     return _HEADER.pack(MAGIC, trace.schema_major, trace.schema_minor, flags) + body

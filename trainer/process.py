@@ -1,13 +1,13 @@
-"""The trainer as a process of its own: starts from a registered drafter, stops on SIGTERM or SIGINT."""
+"""The trainer as a process of its own: starts from a registered drafter."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from livedraft.contracts import checkpoint
 from livedraft.contracts.ports import Registry, TraceSource
 from livedraft.contracts.settings import Trainer as Settings
-from livedraft.contracts.stopping import stopping
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.loop import run
 from livedraft.trainer.model import Drafter
@@ -23,12 +23,13 @@ def main(
     source: TraceSource,
     registry: Registry,
     held_out: float,
+    stop: threading.Event,
     until_drained: bool = False,
 ) -> None:
     """Learn from ``source``, starting at the drafter in ``drafter_folder`` (registry version ``version``).
 
-    A checkpoint in ``settings.folder`` goes before it.  The first signal ends the step in hand, saves and returns;
-    the target's identity is the drafter's manifest's.  Raises DrafterRejected or SettingsError before it starts.
+    A checkpoint in ``settings.folder`` goes before it.  ``stop`` ends the step in hand, saves and returns; the
+    target's identity is the drafter's manifest's.  Raises DrafterRejected or SettingsError before it starts.
     """
     _, manifest = checkpoint.verify(drafter_folder)
     identity = TargetId(
@@ -37,5 +38,4 @@ def main(
     target = read_target(target_folder)
     drafter = Drafter.from_checkpoint(drafter_folder, target.embedding)
     learner = Learner(drafter, identity, settings, held_out=held_out, layers=target.feature_layers)
-    with stopping() as stop:
-        run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)
+    run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)

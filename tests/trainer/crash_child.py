@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from livedraft.contracts.settings import Trainer
+from livedraft.contracts.stopping import stopping
 from livedraft.swap.memory_registry import MemoryRegistry
 from livedraft.traces.source import SpoolSource
 from livedraft.trainer.process import main
@@ -26,13 +27,15 @@ if __name__ == "__main__":
         publish_every_s=0.05,
         precision="float32",
     )
-    main(
-        settings,
-        target_folder=target,
-        drafter_folder=drafter,
-        version="1",
-        source=SpoolSource(spool, "trainer"),
-        registry=MemoryRegistry(Path(mkdtemp(dir=folder.parent))),
-        held_out=0.1,
-        until_drained=sys.argv[5] == "drain",
-    )
+    with stopping() as stop:
+        main(
+            settings,
+            target_folder=target,
+            drafter_folder=drafter,
+            version="1",
+            source=SpoolSource(spool, "trainer"),
+            registry=MemoryRegistry(Path(mkdtemp(dir=folder.parent))),
+            held_out=0.1,
+            stop=stop,
+            until_drained=sys.argv[5] == "drain",
+        )
