@@ -188,12 +188,10 @@ def _registry(settings: Settings) -> Registry:
 
 
 def _swapper(settings: Settings, registry: Registry) -> Swapper:
-    from livedraft.cli.wiring import engine_url
-    from livedraft.swap.engine_admin import HttpEngineAdmin
+    from livedraft.cli.wiring import engine_admin
     from livedraft.swap.swapper import Swapper
 
-    engine = HttpEngineAdmin(engine_url(settings), settings.gateway.admin_key)
-    return Swapper(registry, engine, Path(settings.swap.folder))
+    return Swapper(registry, engine_admin(settings), Path(settings.swap.folder))
 
 
 def _live(registry: Registry) -> str:

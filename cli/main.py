@@ -148,9 +148,9 @@ def trainer(config: ConfigOption = None, target: TargetOption = "") -> None:
 def controller(config: ConfigOption = None, target: TargetOption = "") -> None:
     """Judge candidates, swap proven ones into the engine, watch, keep or roll back, until SIGTERM.
 
-    The engine is the one of engine.url, and must be able to read swap.folder under the same path.  Killed at any
-    point and started again, it finds out what the engine drafts with and goes on.  One controller per engine.
-    /metrics and /healthz answer on metrics.port, where that is set.
+    The engines are those of engine.url, swapped as one; they must be able to read swap.folder under the same path.
+    Killed at any point and started again, it finds out what they draft with and goes on.  Run one.  /metrics and
+    /healthz answer on metrics.port, where that is set.
 
     Example: LIVEDRAFT_ENGINE__URL=http://engine:8000 livedraft controller -c configs/compose.toml
     """

@@ -137,10 +137,9 @@ def _gateway(settings: Settings) -> Answer:
 
 
 def _engine(settings: Settings) -> Answer:
-    from livedraft.cli.wiring import engine_url
-    from livedraft.swap.engine_admin import HttpEngineAdmin
+    from livedraft.cli.wiring import engine_admin
 
-    seen = HttpEngineAdmin(engine_url(settings), settings.gateway.admin_key, timeout=_TIMEOUT_S).status()
+    seen = engine_admin(settings, _TIMEOUT_S).status()
     lengths = {version: tokens / rounds for version, (tokens, rounds) in seen.by_drafter.items() if rounds}
     latest = [f"{length:.2f} with {version or 'none'}" for version, length in lengths.items()][-_SHOWN:]
     return Answer(

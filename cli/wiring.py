@@ -15,7 +15,7 @@ from livedraft.cli.announcing import AnnouncingRegistry
 from livedraft.cli.wiring_registry import open_registry
 from livedraft.contracts.errors import RegistryUnavailable, SettingsError
 from livedraft.contracts.messages import DrafterVersion, Manifest, SwapRequest
-from livedraft.contracts.ports import Registry, TraceSink
+from livedraft.contracts.ports import EngineAdmin, Registry, TraceSink
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Settings
 from livedraft.traces.admission import admit, held_out
@@ -56,12 +56,16 @@ def gateway_url(settings: Settings) -> str:
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{settings.gateway.port}"
 
 
-def engine_url(settings: Settings) -> str:
-    """Where the engine that swaps drafters answers.  Raises SettingsError where several are named."""
-    remote = settings.engine.remote
-    if len(remote) > 1:
-        raise SettingsError(f"engine.url names {len(remote)} engines; drafters are swapped in one engine so far")
-    return remote[0] if remote else gateway_url(settings)
+def engine_admin(settings: Settings, timeout: float = 5.0) -> EngineAdmin:
+    """The engine, or engines, that drafters are swapped in."""
+    from livedraft.swap.engine_admin import HttpEngineAdmin
+    from livedraft.swap.engine_fleet import EngineFleet
+
+    key = settings.gateway.admin_key
+    bases = settings.engine.remote or (gateway_url(settings),)
+    engines = [HttpEngineAdmin(base, key, timeout=timeout) for base in bases]
+    versions = Path(settings.swap.folder).resolve() / "versions"
+    return engines[0] if len(engines) == 1 else EngineFleet(engines, lambda version: versions / version)
 
 
 def once_answered(ask: Callable[[], T], stop: threading.Event) -> T | None:
@@ -265,7 +269,6 @@ def control(settings: Settings, stop: threading.Event) -> None:
     from livedraft.cli.observed import observed
     from livedraft.serving.local import place
     from livedraft.swap.controller import Controller
-    from livedraft.swap.engine_admin import HttpEngineAdmin
     from livedraft.swap.evidence import Evidence
     from livedraft.swap.gate import GateRules, RoundCost
     from livedraft.swap.swapper import Swapper
@@ -275,7 +278,6 @@ def control(settings: Settings, stop: threading.Event) -> None:
     os.nice(5)
     torch.set_num_threads(1)
     swap = settings.swap
-    admin = HttpEngineAdmin(engine_url(settings), settings.gateway.admin_key)
     rules = GateRules(
         min_traces=swap.gate_min_traces,
         bootstrap=swap.bootstrap,
@@ -288,7 +290,7 @@ def control(settings: Settings, stop: threading.Event) -> None:
         contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source,
         _announcing(settings, open_registry(settings.registry)) as registry,
     ):
-        swapper = Swapper(registry, admin, Path(swap.folder))
+        swapper = Swapper(registry, engine_admin(settings), Path(swap.folder))
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
         controller = Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings))
         with observed(settings.metrics, [ControllerCollector(swapper.journal)]):
