@@ -84,7 +84,7 @@ class Replicas:
     async def _ask(self, replica: Replica, client: httpx.AsyncClient) -> None:
         try:
             answer = await client.get(f"{replica.base}/readyz", timeout=_PROBE_S)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, OSError) as error:
             replica.found(False, f"unreachable: {error or type(error).__name__}")
         else:
             replica.found(answer.is_success, f"not ready: {answer.status_code}")
