@@ -94,6 +94,7 @@ def gateway(config: ConfigOption = None) -> None:
     from livedraft.contracts.stopping import stopping
 
     _log("gateway")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request and health check
     with stopping() as stop:
         wiring.gateway(settings_from(config), stop)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from livedraft.cli.wiring import leave_with_parent
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,7 +175,7 @@ class LocalStack:
         service = self.services[name]
         image = self._images[service["build"]["target"]] if "build" in service else Image()
         said = {**image.environment, **service.get("environment", {})}
-        inherited = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+        inherited = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "PYTHONPATH") if key in os.environ}
         return {
             **inherited,
             **{key: self.local(name, str(value)) for key, value in said.items()},
@@ -193,6 +194,7 @@ class LocalStack:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=leave_with_parent,  # a test run that is killed leaves nobody behind
             )
 
     def log(self, name: str) -> str:
