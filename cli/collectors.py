@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import msgspec
 from livedraft.cli.status import TrainerProgress
 from livedraft.contracts import metrics as names
-from livedraft.contracts.ports import TraceSink
 from livedraft.contracts.settings import Trainer
 from livedraft.swap.journal import Journal
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -55,11 +54,10 @@ class ControllerCollector(Collector):
 
 
 class RelayCollector(Collector):
-    """A relay and the sink behind it."""
+    """A relay; what becomes of its traces is the sink's to tell."""
 
-    def __init__(self, relay: Relay, sink: TraceSink) -> None:
+    def __init__(self, relay: Relay) -> None:
         self._relay = relay
-        self._sink = sink
 
     def collect(self) -> Iterator[Metric]:
         """Read the counters."""
@@ -69,4 +67,3 @@ class RelayCollector(Collector):
         traces.add_metric(["offered"], self._relay.received - malformed)
         yield traces
         yield CounterMetricFamily(names.RELAY_BYTES, "Bytes from engines.", self._relay.received_bytes)
-        yield CounterMetricFamily(names.TRACES_DROPPED, "Traces dropped instead of waiting.", self._sink.dropped)

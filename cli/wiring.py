@@ -203,11 +203,13 @@ def relay(settings: Settings, stop: threading.Event) -> None:
     """Engines' traces onto the stream, until ``stop``."""
     from livedraft.cli.collectors import RelayCollector
     from livedraft.cli.observed import observed
+    from livedraft.traces.metrics import StreamCollector
     from livedraft.traces.relay import Relay
 
     with contextlib.closing(open_sink(settings.traces, _redactor(settings), settings.kafka)) as sink:
         running = Relay(settings.relay, sink)
-        with observed(settings.metrics, [RelayCollector(running, sink)], lambda: running.healthy):
+        collectors = [RelayCollector(running), StreamCollector(sink.counters)]
+        with observed(settings.metrics, collectors, lambda: running.healthy):
             log.info("taking traces at %s, publishing to %s", running.address, settings.traces.url)
             running.run(stop)
 

@@ -27,11 +27,12 @@ from livedraft.serving.gateway.errors import ModelNotFound
 from livedraft.serving.gateway.generations import generations, labels
 from livedraft.serving.gateway.keys import TENANT_HEADER, Keys, load_keys, require_admin
 from livedraft.serving.gateway.limits import BodyLimit
-from livedraft.serving.gateway.metrics import Metrics, Observed, StreamCollector
+from livedraft.serving.gateway.metrics import Metrics, Observed
 from livedraft.serving.gateway.responses import Answer, ChatRendering, CompletionRendering, Rendering
 from livedraft.serving.gateway.schema import UNSUPPORTED, ChatRequest, CompletionRequest, decode
 from livedraft.serving.gateway.stream import EventStream, submitted, while_connected
 from livedraft.serving.gateway.traffic import Traffic
+from livedraft.traces.metrics import StreamCollector
 from livedraft.traces.sink import SinkCounters
 from prometheus_client.exposition import choose_encoder
 from starlette.background import BackgroundTask

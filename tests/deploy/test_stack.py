@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.messages import Trace
+from livedraft.contracts.ports import TraceSource
 from livedraft.contracts.settings import Settings, load
 from livedraft.swap.mlflow_registry import MlflowRegistry
 from livedraft.traces.urls import open_source
@@ -53,7 +53,9 @@ def hasten(name: str, path: Path) -> None:
             engine=replace(settings.engine, threads=1, draft_intermediate=256, adaptive_depth=False),
             trainer=replace(settings.trainer, threads=1, nice=15, publish_every_s=5, checkpoint_every_s=5),
             swap=replace(settings.swap, watch_rounds=60, watch_timeout_s=10, poll_s=0.5),
-            traces=replace(settings.traces, opted_out=("other",), url=f"spool://{path.parents[1]}/spool"),
+            traces=replace(settings.traces, opted_out=("other",)),
+            # The broker that stands in for Kafka waits half of this before it lets a consumer in.
+            kafka=replace(settings.kafka, session_timeout_s=4.0),
         ),
         path,
     )
@@ -234,8 +236,9 @@ def test_serving_goes_on_while_relay_trainer_controller_and_registry_are_gone(st
         eventually(arrived, 30, stack)
 
 
-def source_of(stack: LocalStack) -> Any:
-    return open_source(settings_of(stack, "trainer").traces, CONSUMER)
+def source_of(stack: LocalStack) -> TraceSource:
+    settings = settings_of(stack, "trainer")
+    return open_source(settings.traces, CONSUMER, settings.kafka)
 
 
 def broker(stack: LocalStack) -> list[str]:
@@ -261,8 +264,7 @@ def prometheus(stack: LocalStack) -> list[str]:
 
 def make_topics(stack: LocalStack) -> None:
     """What kafka-init makes."""
-    with warnings.catch_warnings(action="ignore"):  # of a library that reads its schemas in an old way
-        from kafka import KafkaAdminClient
+    from kafka import KafkaAdminClient
 
     script = stack.services["kafka-init"]["command"][0]
     made = re.findall(r"--topic (\S+) --partitions (\d+)", script)

@@ -307,7 +307,7 @@ def test_the_process_redacts_counts_and_ends_cleanly(tmp_path: Path, make_trace:
     eventually(lambda: served.written() == ["t2"])
     metrics = served.get("/metrics") or ""
     assert 'livedraft_relay_traces_total{fate="offered"} 2.0' in metrics
-    assert "livedraft_traces_dropped_total 1.0" in metrics
+    assert 'livedraft_stream_dropped_traces_total{reason="redacted"} 1.0' in metrics
     assert served.get("/elsewhere") is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
