@@ -243,6 +243,10 @@ class LocalStack:
         self._kill(process)
         return code, time.monotonic() - began
 
+    def crash(self, name: str) -> None:
+        """End a service as a container ends: every process of it, at once."""
+        self._kill(self.processes.pop(name))
+
     def kill(self) -> None:
         """End what is left, by force."""
         for process in self.processes.values():

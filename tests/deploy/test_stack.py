@@ -220,8 +220,7 @@ def test_prometheus_scrapes_every_process_and_answers_every_panel(stack: LocalSt
 def test_serving_goes_on_while_relay_trainer_controller_and_registry_are_gone(stack: LocalStack) -> None:
     gone = ["controller", "trainer", "relay", "mlflow"]
     for name in gone:
-        stack.processes[name].kill()
-        stack.processes.pop(name).wait()
+        stack.crash(name)
     for _ in range(3):
         assert ask(stack, "In the beginning")["choices"]
     stack.up(["mlflow", "relay", "trainer", "controller"])
