@@ -27,7 +27,8 @@ from livedraft.contracts.messages import Offsets, Record, Trace
 from livedraft.contracts.ports import TraceSource
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.contracts.stopping import stopping
-from livedraft.traces.urls import open_sink, open_source
+from livedraft.traces.kafka import TopicReader
+from livedraft.traces.urls import broker_addresses, open_sink, open_source
 from rich.console import Console
 from rich.progress import track
 
@@ -78,12 +79,15 @@ def chaos(place: Path | None, seed: int, kills: int) -> None:
         _send_what_is_spilled(site)
         acknowledged = producer.acknowledged
         learned = _wait_for(site, acknowledged)
+        published = _published(site)
         trainer.stop()
     report = {
         "kills": sum(done.values()),
         "killed": dict(done),
         "acknowledged": len(acknowledged),
         "lost": len(acknowledged - learned.traces),
+        # Of those, what the broker does not have; the others, the trainer did not come to.
+        "not_on_topic": len(acknowledged - published),
         "trained_twice": learned.repeated,
         "p99_ratio": round(_p99(stormy) / _p99(calm), 3),
         "offer_p99_us": {"calm": round(_p99(calm) * 1e6, 1), "stormy": round(_p99(stormy) * 1e6, 1)},
@@ -172,6 +176,13 @@ def _send_what_is_spilled(site: _Site) -> None:
     while sink.counters().lag and time.monotonic() < deadline:
         time.sleep(0.05)
     sink.close(10)
+
+
+def _published(site: _Site) -> set[str]:
+    """Ids of all traces on the topic."""
+    with contextlib.closing(TopicReader(broker_addresses(site.traces.url), site.kafka)) as reader:
+        start = dict.fromkeys(reader.bounds(), 0)
+        return {d.item.trace_id for d in reader.read(start) if isinstance(d.item, Trace)}
 
 
 def _wait_for(site: _Site, acknowledged: set[str]) -> Learned:
