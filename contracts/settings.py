@@ -252,7 +252,7 @@ class Swap(_Section, frozen=True, kw_only=True):
     #: Roll back when the observed accept length falls below this share both of the predicted one and of what the
     #: previous drafter showed (traffic that grows harder fails the prediction, but is no reason to go back).
     rollback_below: float = 0.9
-    #: Seconds after which the watch decides on what it has.
+    #: Seconds after which the watch decides on what it has; ten times ``watch_rounds`` of other traffic end it, too.
     watch_timeout_s: float = 120.0
     folder: str = "runs/live/swap"
 

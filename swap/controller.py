@@ -169,5 +169,6 @@ class Controller:
             "previous_accept_length": promotion.evidence["live_accept_length"] if observed is None else observed,
             "tokens_at_swap": float(tokens),
             "rounds_at_swap": float(rounds),
+            "served_at_swap": float(status.rounds),
         }
         return replace(promotion, evidence=promotion.evidence | start)

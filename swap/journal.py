@@ -132,6 +132,7 @@ class Journal:
                     started_at=decision.at,
                     tokens=int(seen["tokens_at_swap"]),
                     rounds=int(seen["rounds_at_swap"]),
+                    served=int(seen.get("served_at_swap", 0)),
                 )
             if decision.action != "reject":
                 return None

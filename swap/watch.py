@@ -25,6 +25,8 @@ class Watch(Record, frozen=True, kw_only=True):
     #: The candidate's counters at the swap (it may have served before).
     tokens: int = 0
     rounds: int = 0
+    #: Rounds that the engine had served by then, with whatever drafter and depth.
+    served: int = 0
 
 
 class WatchRules(Record, frozen=True, kw_only=True):
@@ -32,6 +34,8 @@ class WatchRules(Record, frozen=True, kw_only=True):
 
     rounds: int = 400
     timeout_s: float = 120.0
+    #: Times ``rounds`` that the engine serves, of whatever traffic, until traffic like that judged is not waited for.
+    patience: int = 10
     rollback_below: float = 0.9
 
 
@@ -40,7 +44,9 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
 
     Rolls back when the observed accept length is below ``rollback_below`` of both the prediction and the previous
     version's: below the prediction alone, traffic may have grown harder for any drafter; below the previous one
-    alone, the gate knew.  After ``timeout_s`` it decides on what it has; without a single round it keeps.
+    alone, the gate knew.  After ``timeout_s``, or ``patience`` times the rounds of whatever traffic, it decides on what
+    it has (or the first watch before a shift would hold up all that is learned from the new traffic); without a single
+    round it keeps.
     Only traffic of the strata that the gate judged is counted, and the prediction is weighted by their share of it: a
     shift of the traffic is not the drafter's doing.  Evidence: ``predicted_accept_length``,
     ``previous_accept_length``, ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``.
@@ -58,7 +64,8 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         },
         at=now,
     )
-    if rounds < rules.rounds and now < watch.started_at + rules.timeout_s:
+    moved_on = status.rounds - watch.served >= rules.patience * rules.rounds
+    if rounds < rules.rounds and now < watch.started_at + rules.timeout_s and not moved_on:
         return verdict
     if rounds == 0:
         return replace(verdict, action="keep", reason="it was not asked to draft for the traffic it was judged on")

@@ -78,6 +78,7 @@ class FakeEngine:
         self.broken = False
         self.refuses: set[str] = set()
         self.history = [version]
+        self._rounds = 0
         self._counters: dict[str, tuple[int, int]] = {}
         self._take(folder, version)
 
@@ -87,11 +88,17 @@ class FakeEngine:
 
     def restart(self, folder: Path, version: str) -> None:
         self._counters.clear()
+        self._rounds = 0
         self._take(folder, version)
 
     def serve(self, rounds: int, accept_length: float) -> None:
         tokens, before = self._counters.get(self.drafter, (0, 0))
         self._counters[self.drafter] = (tokens + round(rounds * accept_length), before + rounds)
+        self._rounds += rounds
+
+    def serve_undrafted(self, rounds: int) -> None:
+        """Traffic for which the engine does not draft to the full."""
+        self._rounds += rounds
 
     def status(self) -> EngineStatus:
         if self.broken:
@@ -107,7 +114,7 @@ class FakeEngine:
             running=0,
             waiting=0,
             output_tokens=0,
-            rounds=0,
+            rounds=self._rounds,
             by_drafter=dict(self._counters),
         )
 

@@ -57,6 +57,16 @@ def test_after_its_time_it_decides_on_what_it_has(engine: FakeEngine) -> None:
     assert judge(WATCH, engine.status(), 220.0, RULES).action == "rollback"
 
 
+def test_once_the_traffic_has_moved_on_it_decides_on_what_it_has(engine: FakeEngine) -> None:
+    engine.serve_undrafted(5000)  # before the swap
+    watch = replace(WATCH, served=engine.status().rounds)
+    engine.serve(60, 1.0)
+    engine.serve_undrafted(3939)
+    assert judge(watch, engine.status(), 101.0, RULES).action == "wait"
+    engine.serve_undrafted(1)
+    assert judge(watch, engine.status(), 101.0, RULES).action == "rollback"
+
+
 def test_without_traffic_it_keeps(engine: FakeEngine) -> None:
     decision = judge(WATCH, engine.status(), 300.0, RULES)
     assert decision.action == "keep"
