@@ -44,10 +44,12 @@ class KVCache:
         """Store ``values`` [n, 2 * kv_heads, head_dim] (keys, then values) at ``rows``."""
         self._rows[layer].index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
 
-    def view(self, layer: int, slot: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of slots [slot, slot + batch), each [batch * kv_heads, length, head_dim]."""
-        part = self.data[layer, :, slot : slot + batch, :, :length].flatten(1, 2)
-        return part[0], part[1]
+    def views(self, slot: int, batch: int, length: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of slots [slot, slot + batch), layer by layer: keys [batch * kv_heads, head_dim, length] and values
+        [batch * kv_heads, length, head_dim].  Made once per pass: sixteen layers' slices would show in a step.
+        """
+        part = self.data[:, :, slot : slot + batch, :, :length].flatten(2, 3)
+        return part[:, 0].transpose(-1, -2).unbind(0), part[:, 1].unbind(0)
 
     def keep(self, slot: int, start: int, sources: list[int]) -> None:
         """Make positions start, start+1, ... of a slot hold what positions ``sources`` hold: an accepted path."""
