@@ -21,6 +21,8 @@ from livedraft.serving.local.propose import Proposal
 from torch import Tensor
 
 _NICE = 10
+#: Rounds whose logits are looked at together.
+_ROUNDS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +111,19 @@ def trace(
     temperature = request.sampling.temperature or 1.0
     rounds = recording.rounds
     drafters = tuple(dict.fromkeys(version for *_, version, _ in rounds))
-    ids, values, tails = [], [], []
+    ids, values, tails, logprobs = [], [], [], [torch.empty(0)]
     # In pieces: one round after another is slow, all at once doubles the memory.
-    for at in range(0, len(rounds), 32):
-        logits = torch.cat([r[5] for r in rounds[at : at + 32]])
+    for at in range(0, len(rounds), _ROUNDS):
+        logprobs += _proposed([p for _, p, *_ in rounds[at : at + _ROUNDS]], temperature)
+        logits = torch.cat([r[5] for r in rounds[at : at + _ROUNDS]])
         scaled = torch.log_softmax(logits / temperature, -1)
         best = scaled.topk(min(topk, scaled.shape[-1]))
         ids.append(best.indices.int())
         values.append(best.values)
         tails.append((1 - best.values.exp().sum(-1)).clamp_(min=0))
     nodes = [p for _, p, *_ in rounds]
-    logprobs = [
-        torch.log_softmax(p.logits / temperature, -1).gather(1, p.rows[:, None])[:, 0]
-        for p in nodes
-        if p.logits is not None and p.rows is not None
-    ]
     prompt = len(request.prompt)
-    accepted = np.concatenate([np.isin(np.arange(len(r[1])), r[2]) for r in rounds]) if rounds else np.zeros(0)
+    accepted = b"".join(_flags(len(p), path) for _, p, path, *_ in rounds)
     return Trace(
         trace_id=f"{origin.engine}/{request.request_id}",
         request_id=request.request_id,
@@ -147,8 +145,8 @@ def trace(
             drafter=_integers([drafters.index(r[4]) for r in rounds], "i2"),
             tokens=_integers([t for p in nodes for t in p.tokens], "i4"),
             parents=_integers([i for p in nodes for i in p.parents], "i2"),
-            logprobs=_floats(torch.cat(logprobs) if logprobs else torch.empty(0)),
-            accepted=Array(dtype="u1", shape=accepted.shape, data=accepted.astype(np.uint8).tobytes()),
+            logprobs=_floats(torch.cat(logprobs)),
+            accepted=Array(dtype="u1", shape=(len(accepted),), data=accepted),
             bonus=_integers([r[3] for r in rounds], "i4"),
             top_ids=_tensor(torch.cat(ids), "i4"),
             top_logprobs=_floats(torch.cat(values)),
@@ -158,6 +156,23 @@ def trace(
         tenant=request.tenant,
         domain=request.domain,
     )
+
+
+def _proposed(proposals: Sequence[Proposal], temperature: float) -> list[Tensor]:
+    """The drafter's log-probabilities of what was proposed."""
+    drafted = [(p.logits, p.rows) for p in proposals if p.logits is not None and p.rows is not None]
+    if not drafted:
+        return []
+    logits, rows = (torch.cat(parts) for parts in zip(*drafted, strict=True))
+    return [torch.log_softmax(logits / temperature, -1).gather(1, rows[:, None])[:, 0]]
+
+
+def _flags(nodes: int, path: Sequence[int]) -> bytes:
+    """1 for each of a round's nodes that was accepted."""
+    flags = bytearray(nodes)
+    for node in path:
+        flags[node] = 1
+    return bytes(flags)
 
 
 def _features(recording: Recording, origin: Origin, known: int) -> Features:
