@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -16,7 +15,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.messages import Trace
 from livedraft.contracts.ports import TraceSource
@@ -24,6 +22,8 @@ from livedraft.contracts.settings import Settings, load
 from livedraft.swap.mlflow_registry import MlflowRegistry
 from livedraft.traces.urls import open_source
 from msgspec.structs import replace
+
+from tests.traffic import traffic
 
 from .composition import ROOT, Image, LocalStack, read_compose
 from .conftest import SECRETS, tool
@@ -116,33 +116,6 @@ def drafter_of(answer: dict[str, Any]) -> str:
     return str(answer["usage"]["livedraft"]["drafter_version"])
 
 
-@contextlib.contextmanager
-def traffic(stack: LocalStack, clients: int = 2) -> Iterator[None]:
-    """Prose from a few clients until the block ends; any failed request fails the test."""
-    stop, failures = threading.Event(), list[Exception]()
-    prompts = held_out_prompts("prose")
-
-    def run(number: int) -> None:
-        while not stop.is_set():
-            try:
-                ask(stack, prompts[number % len(prompts)])
-            except (httpx.HTTPError, ValueError) as error:
-                failures.append(error)
-                return
-            number += clients
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
-
-
 def test_a_client_is_served_through_the_gateway_and_nobody_without_a_key(stack: LocalStack) -> None:
     with openai.OpenAI(base_url=f"{url_of(stack)}/v1", api_key="sk-acme", max_retries=0) as client:
         [model] = client.models.list()
@@ -192,7 +165,7 @@ def test_the_trainer_publishes_the_controller_decides_and_the_engine_drafts_with
         live = registry.resolve("live")
         return live is not None and live.version != first.version
 
-    with traffic(stack):
+    with traffic(lambda prompt, _: ask(stack, prompt)):
         eventually(promoted, 240, stack)
         eventually(lambda: drafter_of(ask(stack, "In the beginning")) != first.version, 30, stack)
     previous = registry.resolve("previous")

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.settings import Engine, Gateway, Registry, Settings, Swap, Traces, Trainer, load
 from livedraft.swap.mlflow_registry import MlflowRegistry
+
+from tests.traffic import traffic
 
 
 def free_port() -> int:
@@ -73,33 +74,14 @@ def ask(url: str, prompt: str, temperature: float = 0.0) -> dict[str, Any]:
     return dict(answer.json())
 
 
-@contextlib.contextmanager
-def traffic(stack: Stack, clients: int = 2) -> Iterator[None]:
-    """Prose from a few clients until the block ends; any failed request fails the test."""
-    stop, failures = threading.Event(), []
-    prompts = held_out_prompts("prose")
+def driven(stack: Stack) -> contextlib.AbstractContextManager[None]:
+    """Traffic at both temperatures in turn, answers kept."""
 
-    def run(first: int) -> None:
-        number = first
-        while not stop.is_set():
-            try:
-                answer = ask(stack.url, prompts[number % len(prompts)], 0.7 * (number // clients % 2))
-                stack.answers.append(answer | {"prompt": prompts[number % len(prompts)], "at": time.monotonic()})
-            except (httpx.HTTPError, ValueError) as error:
-                failures.append(error)
-                return
-            number += clients
+    def one(prompt: str, turn: int) -> None:
+        answer = ask(stack.url, prompt, 0.7 * (turn % 2))
+        stack.answers.append(answer | {"prompt": prompt, "at": time.monotonic()})
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
+    return traffic(one)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +143,7 @@ def accept_length(answers: list[dict[str, Any]]) -> float:
 @pytest.mark.timeout(600)
 def test_a_drafter_that_knows_nothing_learns_and_is_swapped_in_while_answers_stay_the_targets(stack: Stack) -> None:
     first = {p: ask(stack.url, p)["choices"][0]["message"]["content"] for p in held_out_prompts("prose")[:8]}
-    with traffic(stack):
+    with driven(stack):
         wait_for_swaps(stack, 2, 240)
         # The trainer dies; nobody who is served notices, and it comes back.
         os.kill(before := stack.child("train"), signal.SIGKILL)

@@ -45,9 +45,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def relaying(stream: MemoryStream, **settings: Any) -> Iterator[relay.Relay]:
+def relaying(stream: MemoryStream, listen: str = "tcp://127.0.0.1:*", **settings: Any) -> Iterator[relay.Relay]:
     """A relay in a thread, onto a stream in memory."""
-    running = relay.Relay(Relay(listen="tcp://127.0.0.1:*", **settings), stream)
+    running = relay.Relay(Relay(listen=listen, **settings), stream)
     stop = threading.Event()
     thread = threading.Thread(target=running.run, args=(stop,))
     thread.start()
@@ -145,25 +145,12 @@ def test_without_a_relay_traces_wait_up_to_the_bound_and_are_dropped_beyond_it(m
     assert sink.counters().dropped == {"full": 10}
     # It comes at last, and gets what waited.
     stream = MemoryStream()
-    with relaying_at(port, stream):
+    with relaying(stream, listen=f"tcp://127.0.0.1:{port}"):
         eventually(lambda: len(stream) == 30)
         assert sink.offer(heavy(make_trace, 40))
         eventually(lambda: len(stream) == 31)
         sink.close()
     assert ids(stream) == [f"t{seed}" for seed in [*range(30), 40]]
-
-
-@contextlib.contextmanager
-def relaying_at(port: int, stream: MemoryStream) -> Iterator[relay.Relay]:
-    running = relay.Relay(Relay(listen=f"tcp://127.0.0.1:{port}"), stream)
-    stop = threading.Event()
-    thread = threading.Thread(target=running.run, args=(stop,))
-    thread.start()
-    try:
-        yield running
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_closing_without_a_relay_counts_what_was_not_sent(make_trace: Any) -> None:
