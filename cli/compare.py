@@ -6,13 +6,13 @@ measured apart, drafting to the full in every round: a depth chosen for speed sa
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from livedraft.benchmarks.load import answers
 from livedraft.cli.traffic import TEMPERATURES, TOKENS, Served
 from livedraft.contracts.messages import Delta, Generation, Sampling
 from livedraft.contracts.settings import Settings
@@ -165,25 +165,14 @@ def _generate(
     engine: LocalEngine, texts: Sequence[str], temperature: float, seed: int
 ) -> list[tuple[list[int], Delta]]:
     """Output tokens and last Delta of each prompt, run together."""
-    deltas: dict[str, list[int]] = {str(i): [] for i in range(len(texts))}
-    ended: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-
-    def emit(delta: Delta) -> None:
-        deltas[delta.request_id] += delta.tokens
-        if delta.finish_reason:
-            ended.put(delta)
-
-    for i, text in enumerate(texts):
-        prompt = tuple(engine.render([{"role": "user", "content": text}]))
-        engine.submit(
-            Generation(
-                request_id=str(i),
-                prompt=prompt,
-                sampling=Sampling(temperature=temperature, seed=seed),
-                max_tokens=TOKENS,
-                ignore_eos=True,
-            ),
-            emit,
+    requests = [
+        Generation(
+            request_id=str(i),
+            prompt=tuple(engine.render([{"role": "user", "content": text}])),
+            sampling=Sampling(temperature=temperature, seed=seed),
+            max_tokens=TOKENS,
+            ignore_eos=True,
         )
-    last = {d.request_id: d for d in (ended.get() for _ in texts)}
-    return [(deltas[str(i)], last[str(i)]) for i in range(len(texts))]
+        for i, text in enumerate(texts)
+    ]
+    return list(answers(engine, requests))

@@ -384,12 +384,6 @@ class LocalEngine:
             self._drafter, hidden, starts, [r.request.sampling for r in running], [r.rng for r in running], lengths
         )
 
-    def _tree(self, hidden: Tensor, slot: int, depth: int) -> Proposal:
-        s, start = self._settings, len(self._running[slot].tokens) - 1
-        if self._drafter is None or depth == 0:
-            return EMPTY
-        return propose_tree(self._drafter, hidden, start, slot, depth, s.tree_topk, s.tree_nodes)
-
     def _catch_up(self, drafter: Drafter) -> Tensor:
         """Let the drafter read what was committed since it last drafted; returns its outputs [B, H] at the ends."""
         running = self._running
