@@ -1,0 +1,59 @@
+"""Servers and drafters that tests share: a start takes some 20 seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from livedraft.cli.prompts import held_out_prompts
+
+from . import drafters
+from .server import Server, Speculation, serving
+
+if find_spec("sglang") is None:
+    raise pytest.UsageError("SGLang is not installed here; `make test-sglang` runs these tests in an environment of it")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Prose and code in turn; the trained drafter has learned the answers to them."""
+    return held_out_prompts()[:8]
+
+
+@pytest.fixture(scope="session")
+def fresh_drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows nothing of the target but its head."""
+    folder = tmp_path_factory.mktemp("drafters") / "fresh"
+    drafters.write_fresh(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_drafter(fresh_drafter: Path, prompts: list[str]) -> Path:
+    """A checkpoint of the same shapes that has learned the first 48 greedy tokens after each of ``prompts``."""
+    folder = fresh_drafter.with_name("trained")
+    drafters.write_trained(folder, fresh_drafter, prompts)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Without speculation."""
+    with serving(tmp_path_factory.mktemp("plain")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chain_server(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[Server]:
+    """EAGLE-3 chains of 3 by the trained drafter."""
+    with serving(tmp_path_factory.mktemp("chain"), Speculation(trained_drafter)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tree_server(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[Server]:
+    """EAGLE-3 trees of 8 nodes by the trained drafter."""
+    with serving(tmp_path_factory.mktemp("tree"), Speculation(trained_drafter, topk=4)) as server:
+        yield server

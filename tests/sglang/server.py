@@ -1,0 +1,185 @@
+"""A real SGLang server over the bundled target, on the CPU.
+
+    with serving(folder, Speculation(drafter)) as server:
+        server.generate("In the beginning", max_new_tokens=16)
+
+SGLang and its environment are those of the interpreter that runs this; ``shim`` stands in for kernels it lacks.
+Verification on a CPU takes the target's best token at every temperature, so that nothing sampled can be tested here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).parents[2] / "models" / "tiny"
+SHIM = Path(__file__).parent / "shim"
+#: Seconds: alone a start takes about 20, beside other work several times that.
+_START_S = 240.0
+#: SGLang looks for the signal every 5 seconds.
+_STOP_S = 30.0
+_LAST_LINES = 40
+#: On processors without AMX only backends named for each phase stay what they are: `torch_native`, which SGLang
+#: sets instead, cannot speculate.
+_SPECULATING_BACKENDS = (
+    "--prefill-attention-backend=intel_amx",
+    "--decode-attention-backend=intel_amx",
+    "--speculative-draft-attention-backend=intel_amx",
+)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """EAGLE-3 with a drafter: a chain, or with ``topk`` above 1 a tree of which ``nodes`` are verified."""
+
+    drafter: Path
+    steps: int = 3
+    topk: int = 1
+    #: The last committed token included; a chain verifies all it drafts.
+    nodes: int = 8
+
+    @property
+    def arguments(self) -> list[str]:
+        """As options of ``sglang.launch_server``."""
+        nodes = self.steps + 1 if self.topk == 1 else self.nodes
+        return [
+            *_SPECULATING_BACKENDS,
+            "--speculative-algorithm=EAGLE3",
+            f"--speculative-draft-model-path={self.drafter}",
+            f"--speculative-num-steps={self.steps}",
+            f"--speculative-eagle-topk={self.topk}",
+            f"--speculative-num-draft-tokens={nodes}",
+        ]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def post(self, path: str, body: Mapping[str, Any], *, timeout: float = 120) -> Any:
+        """The JSON answer to ``body``.  Raises HTTPError."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def get(self, path: str, *, timeout: float = 30) -> Any:
+        """The JSON answer.  Raises HTTPError."""
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int = 48, temperature: float = 0.0, **fields: Any
+    ) -> dict[str, Any]:
+        """The answer of ``/generate``: ``text``, ``output_ids``, ``meta_info``; ``fields`` are the request's."""
+        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        text = {"text": prompt} if isinstance(prompt, str) else {"input_ids": [*prompt]}
+        return dict(self.post("/generate", {**text, "sampling_params": sampling, **fields}))
+
+    def generate_together(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[dict[str, Any]]:
+        """One answer per prompt, all asked for at once."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, **options), prompts))
+
+    @property
+    def last_lines(self) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    speculation: Speculation | None = None,
+    *,
+    target: Path = TARGET,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    plugins: Sequence[str] = (),
+) -> Iterator[Server]:
+    """A server with its log in ``folder`` until the block ends; ``plugins`` are the entry points that it loads.
+
+    Prefixes are cached and 8 requests run at once, unless ``arguments`` say otherwise.
+    """
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "sglang.launch_server"),
+        *(f"--model-path={target}", "--dtype=float32", "--device=cpu"),
+        *("--host=127.0.0.1", f"--port={port}", f"--nccl-port={free_port()}"),
+        *("--mem-fraction-static=0.2", "--max-total-tokens=8192", "--max-running-requests=8"),
+        *("--grammar-backend=none", "--attention-backend=torch_native"),
+        *(speculation.arguments if speculation else ()),
+        *arguments,
+    ]
+    path = os.pathsep.join([str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ours = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # it would compile what a drafting step picks
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Empty would be all that are installed.
+        "SGLANG_PLUGINS": ",".join(plugins) or "none",
+        "PYTHONPATH": path,
+    }
+    log = folder / f"sglang-{port}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **ours, **(environment or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _await_health(server)
+        yield server
+    finally:
+        _stop(process)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _await_health(server: Server) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if (status := server.process.poll()) is not None:
+            raise RuntimeError(f"SGLang ended with status {status}; {server.log}:\n{server.last_lines}")
+        with contextlib.suppress(OSError):  # HTTPError is one: 503 while it starts
+            urllib.request.urlopen(f"{server.url}/health", timeout=10).close()
+            return
+        time.sleep(0.25)
+    raise RuntimeError(f"SGLang did not answer within {_START_S:.0f} s; {server.log}:\n{server.last_lines}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the server, which ends its processes; SIGKILL to whatever of them is left."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
