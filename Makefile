@@ -29,7 +29,7 @@ test: setup  ## run the tests
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.typing $(BIN)/mypy --strict $(addprefix -p livedraft.,contracts kernels serving.gateway serving.local swap traces trainer cli benchmarks) && $(BIN)/mypy --strict tests
+	MYPYPATH=.typing $(BIN)/mypy --strict $(addprefix -p livedraft.,contracts kernels serving.gateway serving.local serving.sglang swap traces trainer cli benchmarks) && $(BIN)/mypy --strict tests
 
 clean:  ## remove the environment and everything a run wrote
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -87,7 +87,6 @@ def write_fresh_drafter(engine: EngineSettings, folder: Path, seed: int) -> None
     import torch
     from livedraft.contracts import checkpoint
     from livedraft.serving.local import place
-    from livedraft.serving.local import target as targets
     from livedraft.serving.local.text import Text
     from livedraft.trainer.model import Drafter
     from livedraft.trainer.target import fresh_config, read_target
@@ -100,7 +99,7 @@ def write_fresh_drafter(engine: EngineSettings, folder: Path, seed: int) -> None
     manifest = Manifest(
         tensors={},
         target=place.name(engine.target),
-        target_revision=targets.revision(folder_of_target),
+        target_revision=place.revision(folder_of_target),
         tokenizer_hash=Text(folder_of_target).hash,
     )
     checkpoint.write(folder, config, drafter.to_arrays(), manifest)

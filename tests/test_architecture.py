@@ -73,3 +73,10 @@ def test_a_spool_needs_no_kafka_client() -> None:
 def test_no_drawers() -> None:
     names = {p.stem for p in FILES}
     assert not names & {"utils", "util", "common", "base", "manager", "helpers", "misc"}
+
+
+def test_only_the_plugin_knows_sglang_and_loads_without_it() -> None:
+    users = {p.relative_to(ROOT).as_posix() for p in FILES if "sglang" in {name.split(".")[0] for name in imports(p)}}
+    assert {user.rpartition("/")[0] for user in users} <= {"serving/sglang"}
+    code = "import sys, livedraft.serving.sglang.plugin\nassert not {'torch', 'sglang', 'zmq'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,7 +26,6 @@ from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.kernels.sampling import distribution
 from livedraft.kernels.verify import verify_chain, verify_greedy, verify_tree
 from livedraft.serving.local import place
-from livedraft.serving.local import target as targets
 from livedraft.serving.local.capture import Capture, Origin, Recording
 from livedraft.serving.local.depth import DepthControl
 from livedraft.serving.local.drafter import Drafter, DrafterWeights
@@ -103,7 +102,7 @@ class LocalEngine:
         self._text = Text(folder)
         self.target = Target(folder, slots=settings.max_running, context_length=settings.context_length)
         self._name = place.name(settings.target)
-        self._revision = targets.revision(folder)
+        self._revision = place.revision(folder)
         self._drafter: Drafter | None = None
         if drafter is not None:
             self._drafter = Drafter(
@@ -145,7 +144,7 @@ class LocalEngine:
 
     @property
     def target_revision(self) -> str:
-        """See ``target.revision``."""
+        """See ``place.revision``."""
         return self._revision
 
     def encode(self, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from livedraft.contracts.errors import BadRequest
@@ -27,3 +28,13 @@ def find(name: str) -> Path:
 def name(target: str) -> str:
     """What the target of the setting ``engine.target`` is called: in ``/v1/models``, traces and manifests."""
     return "livedraft-tiny" if target == "bundled" else target
+
+
+def revision(folder: Path) -> str:
+    """First 16 hex digits of the sha256 over config and weight files: which target this is, whatever its path."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ preallocated caches.  Same function up to float32 rounding.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +53,6 @@ class _Block:
     down: Linear
     q_gain: Tensor | None
     k_gain: Tensor | None
-
-
-def revision(folder: Path) -> str:
-    """First 16 hex digits of the sha256 over config and weight files: which target this is, whatever its path."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from livedraft.contracts import checkpoint
 from livedraft.contracts.checkpoint import DrafterConfig
 from livedraft.contracts.messages import Manifest
-from livedraft.serving.local.place import find
-from livedraft.serving.local.target import load_tensors, revision
+from livedraft.serving.local.place import find, revision
+from livedraft.serving.local.target import load_tensors
 from livedraft.serving.local.text import Text
 
 BUNDLED = find("bundled")
