@@ -272,6 +272,7 @@ def control(settings: Settings, stop: threading.Event) -> None:
     from livedraft.swap.controller import Controller
     from livedraft.swap.evidence import Evidence
     from livedraft.swap.gate import GateRules, RoundCost
+    from livedraft.swap.remembered import RememberedReplay
     from livedraft.swap.swapper import Swapper
     from livedraft.trainer.evaluate import DraftReplay
 
@@ -281,12 +282,14 @@ def control(settings: Settings, stop: threading.Event) -> None:
     swap = settings.swap
     rules = GateRules(
         min_traces=swap.gate_min_traces,
+        max_error=swap.gate_max_error,
+        enough_traces=swap.gate_traces,
         bootstrap=swap.bootstrap,
         confidence=swap.confidence,
         cost=RoundCost(depth=settings.engine.draft_depth),
         engine_can_stop=settings.engine.adaptive_depth,
     )
-    replay = DraftReplay(place.find(settings.engine.target), settings.engine.draft_depth)
+    replay = RememberedReplay(DraftReplay(place.find(settings.engine.target), settings.engine.draft_depth))
     with (
         contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source,
         _announcing(settings, open_registry(settings.registry)) as registry,

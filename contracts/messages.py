@@ -258,6 +258,8 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     #: The same by version and stratum of the traffic: "domain/greedy" or "domain/sampled".  Depth is chosen by kind,
     #: so the mix of full rounds is not that of the traffic.
     by_stratum: dict[str, dict[str, tuple[int, int]]] = {}
+    #: Requests that had any such round, by drafter version; empty where an engine does not count them.
+    requests_by_drafter: dict[str, int] = {}
     traces_offered: int = 0
     traces_dropped: int = 0
     capture: bool = True

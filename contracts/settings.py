@@ -242,17 +242,22 @@ class Swap(_Section, frozen=True, kw_only=True):
     #: Held-out traces that the gate replays (the most recent ones), and the fewest it decides on.
     gate_traces: int = 64
     gate_min_traces: int = 8
+    #: Standard error of the predicted accept length, as a share of it, above which the gate waits for more traces, as
+    #: long as it has fewer than ``gate_traces``.
+    gate_max_error: float = 0.05
     #: Seconds after which a trace is no evidence of today's traffic any more.
     gate_max_age_s: float = 3600.0
     bootstrap: int = 1000
     #: Two-sided confidence of the bootstrap interval.
     confidence: float = 0.95
-    #: Verify rounds observed after a swap before it is kept.
-    watch_rounds: int = 300
+    #: Verify rounds and requests observed after a swap before it is kept.  Rounds of one request are alike: it is over
+    #: n requests that an accept length is known to some 20 % / sqrt(n).  Who fails by far goes after a quarter of them.
+    watch_rounds: int = 1000
+    watch_requests: int = 40
     #: Roll back when the observed accept length falls below this share both of the predicted one and of what the
     #: previous drafter showed (traffic that grows harder fails the prediction, but is no reason to go back).
     rollback_below: float = 0.9
-    #: Seconds after which the watch decides on what it has; ten times ``watch_rounds`` of other traffic end it, too.
+    #: Seconds after which the watch decides on what it has; five times ``watch_rounds`` of other traffic end it, too.
     watch_timeout_s: float = 120.0
     folder: str = "runs/live/swap"
 

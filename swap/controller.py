@@ -18,7 +18,7 @@ from livedraft.contracts.messages import Decision, DrafterVersion, EngineStatus,
 from livedraft.contracts.ports import Replay
 from livedraft.swap import gate, watch
 from livedraft.swap.drift import DriftByDomain
-from livedraft.swap.evidence import Evidence
+from livedraft.swap.evidence import Evidence, mix
 from livedraft.swap.swapper import Swapper
 from msgspec.structs import replace
 
@@ -49,6 +49,7 @@ class Controller:
         self._rules = rules
         self._watch_rules = watch.WatchRules(
             rounds=settings.watch_rounds,
+            requests=settings.watch_requests,
             timeout_s=settings.watch_timeout_s,
             rollback_below=settings.rollback_below,
         )
@@ -148,7 +149,8 @@ class Controller:
             return wait
         live = self._score_served(live_folder, traces)
         baseline = None if self._baseline is None else self._score_served(self._baseline, traces)
-        verdict = gate.judge(candidate, live, self._rules, baseline=baseline)
+        today = mix(self._evidence.today(status))
+        verdict = gate.judge(candidate, live, self._rules, baseline=baseline, mix=today)
         self._undecided = asked
         return replace(verdict, evidence=verdict.evidence | {"drifted_domains": float(len(self._drift.domains))})
 
@@ -169,6 +171,7 @@ class Controller:
             "previous_accept_length": promotion.evidence["live_accept_length"] if observed is None else observed,
             "tokens_at_swap": float(tokens),
             "rounds_at_swap": float(rounds),
+            "requests_at_swap": float(status.requests_by_drafter.get(promotion.candidate or "", 0)),
             "served_at_swap": float(status.rounds),
         }
         return replace(promotion, evidence=promotion.evidence | start)

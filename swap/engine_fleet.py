@@ -99,6 +99,7 @@ def _summed(statuses: Sequence[EngineStatus]) -> EngineStatus:
         rounds=sum(status.rounds for status in statuses),
         by_drafter=_added(status.by_drafter for status in statuses),
         by_stratum=strata,
+        requests_by_drafter=dict(sum((Counter(status.requests_by_drafter) for status in statuses), Counter[str]())),
         traces_offered=sum(status.traces_offered for status in statuses),
         traces_dropped=sum(status.traces_dropped for status in statuses),
         capture=all(status.capture for status in statuses),

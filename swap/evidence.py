@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from livedraft.contracts.messages import Delivery, EngineStatus, Offsets, Trace
 from livedraft.contracts.ports import TraceSource
+from livedraft.swap.gate import stratum
 
 
 class Evidence:
@@ -52,6 +53,20 @@ class Evidence:
         fair = {d.item.trace_id: d.item for d in [*self._kept, *unseen] if isinstance(d.item, Trace)}
         usable = [t for t in fair.values() if t.finished_at >= since and _same_target(t, status)]
         return sorted(usable, key=lambda t: t.finished_at)[-self._keep :]
+
+    def today(self, status: EngineStatus) -> list[Trace]:
+        """The last ``keep`` traces of this target, learned from or not: what traffic is like now."""
+        latest = [d.item for d in self._latest if isinstance(d.item, Trace)]
+        return [t for t in latest if _same_target(t, status)]
+
+
+def mix(traces: Iterable[Trace]) -> dict[str, float]:
+    """Output tokens by stratum of the traffic."""
+    found: dict[str, float] = {}
+    for trace in traces:
+        name = stratum(trace.domain, trace.sampling.temperature)
+        found[name] = found.get(name, 0.0) + trace.output.shape[0]
+    return found
 
 
 def _same_target(trace: Trace, status: EngineStatus) -> bool:

@@ -4,11 +4,14 @@ Expected goodput of a drafter over traces is ``tokens / (rounds * cost of a roun
 pass.  Both drafters are replayed on the same traces, so their difference is paired: the gate resamples traces
 (Efron 1979, percentile bootstrap) and promotes when the lower end of the interval of ``candidate / live`` lies
 above one.  The percentile interval is somewhat narrow for fewer than about 20 traces.
+
+Held-out traces reach further back than the traffic of today.  Where the mix of today is known, traces are weighted
+to it by stratum (domain, and greedy or sampled): after a shift those of the new traffic decide, however few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from livedraft.contracts.messages import Decision, Record, ReplayScore
@@ -38,6 +41,10 @@ class GateRules(Record, frozen=True, kw_only=True):
     """How much evidence a promotion needs, and the floors under it."""
 
     min_traces: int = 8
+    #: It waits for more traces while the prediction's standard error, as a share of it, is above ``max_error``, but not
+    #: once it has ``enough_traces``.
+    max_error: float = 0.05
+    enough_traces: int = 64
     bootstrap: int = 1000
     #: Two-sided; promotion asks for the lower end.
     confidence: float = 0.95
@@ -55,25 +62,33 @@ def judge(
     rules: GateRules,
     *,
     baseline: Sequence[ReplayScore] | None = None,
+    mix: Mapping[str, float] | None = None,
 ) -> Decision:
     """Promote, reject, or wait for more traces; scores are paired by ``trace_id``, the unpaired ignored.
 
     ``baseline``: scores of the frozen drafter that serving began with, which a candidate must not fall below.
-    Evidence: ``predicted_accept_length`` and ``live_accept_length`` over all traces, ``ratio`` of goodputs with
-    its interval ``lower`` .. ``upper``, ``goodput_over_plain`` (1.0: as fast as not speculating), ``traces``,
-    ``tokens``; ``predicted/domain/greedy`` and ``predicted/domain/sampled`` by stratum of the traffic.
+    ``mix``: today's tokens by stratum ("domain/greedy", "domain/sampled"); traces of others weigh nothing.
+    Evidence: ``predicted_accept_length`` and ``live_accept_length`` over all traces, ``predicted_error`` (standard
+    error of the first, as a share of it), ``ratio`` of goodputs with its interval ``lower`` .. ``upper``,
+    ``goodput_over_plain`` (1.0: as fast as not speculating), ``traces`` (that weigh anything), ``tokens``;
+    ``predicted/domain/greedy`` and ``predicted/domain/sampled`` by stratum of the traffic.
     """
     drafters = [candidate, live] if baseline is None else [candidate, live, baseline]
-    tokens, rounds = _pair(drafters)
+    tokens, rounds, strata = _pair(drafters)
+    weights = _weights(tokens[0], strata, mix)
+    tokens, rounds = (table[:, weights > 0] * weights[weights > 0] for table in (tokens, rounds))
     if tokens.shape[1] < rules.min_traces:
         counted = {"traces": float(tokens.shape[1])}
         return Decision(action="wait", reason=f"{tokens.shape[1]} traces, {rules.min_traces} needed", evidence=counted)
 
     accept = tokens.sum(axis=1) / rounds.sum(axis=1)
     goodput = accept / rules.cost.total
-    lower, upper = _interval(tokens[:2], rounds[:2], rules)
+    drawn = _resampled(tokens[:2], rounds[:2], rules)
+    tail = (1.0 - rules.confidence) / 2.0
+    lower, upper = (float(bound) for bound in np.quantile(drawn[0] / drawn[1], [tail, 1.0 - tail]))
     evidence = {
         "predicted_accept_length": accept[0],
+        "predicted_error": drawn[0].std() / accept[0],
         "live_accept_length": accept[1],
         "ratio": goodput[0] / goodput[1],
         "lower": lower,
@@ -90,6 +105,9 @@ def judge(
         reason=f"not proven better: goodput {evidence['ratio']:.3f} of live's, maybe {lower:.3f}",
         evidence={name: float(value) for name, value in evidence.items()},
     )
+    if evidence["predicted_error"] > rules.max_error and len(strata) < rules.enough_traces:
+        reason = f"predicted to {evidence['predicted_error']:.1%} by {len(strata)} traces, {rules.max_error:.1%} wanted"
+        return replace(verdict, action="wait", reason=reason)
     if lower <= 1.0:
         return verdict
     if baseline is not None and accept[0] < accept[2]:
@@ -101,30 +119,43 @@ def judge(
     return replace(verdict, action="promote", reason=reason)
 
 
+def stratum(domain: str, temperature: float) -> str:
+    """Traffic whose acceptance is alike: "domain/greedy" or "domain/sampled", as the engine counts it."""
+    return f"{domain}/{'sampled' if temperature > 0 else 'greedy'}"
+
+
 def _by_stratum(scores: Sequence[ReplayScore]) -> dict[str, float]:
-    """``predicted/domain/kind``: accept length over the traces of each stratum."""
+    """``predicted/stratum``: accept length over the traces of each stratum."""
     strata: dict[str, tuple[float, float]] = {}
     for score in scores:
-        stratum = f"predicted/{score.domain}/{'sampled' if score.temperature > 0 else 'greedy'}"
-        tokens, rounds = strata.get(stratum, (0.0, 0.0))
-        strata[stratum] = (tokens + score.tokens, rounds + score.rounds)
-    return {stratum: tokens / rounds for stratum, (tokens, rounds) in strata.items() if rounds > 0}
+        name = f"predicted/{stratum(score.domain, score.temperature)}"
+        tokens, rounds = strata.get(name, (0.0, 0.0))
+        strata[name] = (tokens + score.tokens, rounds + score.rounds)
+    return {name: tokens / rounds for name, (tokens, rounds) in strata.items() if rounds > 0}
 
 
-def _pair(drafters: Sequence[Sequence[ReplayScore]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and rounds f8[drafters, traces] of the traces that every drafter has a usable score for."""
+def _pair(drafters: Sequence[Sequence[ReplayScore]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Tokens and rounds f8[drafters, traces] of the traces that every drafter has a usable score for; their strata."""
     by_trace = [{s.trace_id: s for s in scores if s.tokens > 0 and s.rounds > 0} for scores in drafters]
     shared = [trace for trace in by_trace[0] if all(trace in scores for scores in by_trace)]
     tokens = np.array([[scores[t].tokens for t in shared] for scores in by_trace], float)
     rounds = np.array([[scores[t].rounds for t in shared] for scores in by_trace], float)
-    return tokens, rounds
+    return tokens, rounds, [stratum(by_trace[0][t].domain, by_trace[0][t].temperature) for t in shared]
 
 
-def _interval(tokens: np.ndarray, rounds: np.ndarray, rules: GateRules) -> tuple[float, float]:
-    """Bootstrap interval of goodput(first) / goodput(second) over traces; the cost of a round cancels."""
+def _weights(tokens: np.ndarray, strata: Sequence[str], mix: Mapping[str, float] | None) -> np.ndarray:
+    """f8[traces]: what makes each stratum's share of ``tokens`` its share of ``mix``; ones where they share nothing."""
+    names = np.array(strata, dtype=object)
+    held = {name: float(tokens[names == name].sum()) for name in set(strata)}
+    shared = {name: share for name, share in (mix or {}).items() if share > 0 and name in held}
+    if not shared:
+        return np.ones(len(strata))
+    scale = sum(held[name] for name in shared) / sum(shared.values())
+    return np.array([shared.get(name, 0.0) * scale / held[name] for name in strata])
+
+
+def _resampled(tokens: np.ndarray, rounds: np.ndarray, rules: GateRules) -> np.ndarray:
+    """f8[drafters, resamples]: accept lengths over resampled traces (Efron 1979), the same ones for each drafter."""
     traces = tokens.shape[1]
     drawn = np.random.default_rng(rules.seed).integers(traces, size=(rules.bootstrap, traces))
-    accept = tokens[:, drawn].sum(axis=2) / rounds[:, drawn].sum(axis=2)
-    tail = (1.0 - rules.confidence) / 2.0
-    lower, upper = np.quantile(accept[0] / accept[1], [tail, 1.0 - tail])
-    return float(lower), float(upper)
+    return np.asarray(tokens[:, drawn].sum(axis=2) / rounds[:, drawn].sum(axis=2))

@@ -123,6 +123,7 @@ class Journal:
                     candidate=decision.candidate,
                     live=decision.live,
                     predicted=seen["predicted_accept_length"],
+                    predicted_error=seen.get("predicted_error", 0.0),
                     predicted_by_stratum={
                         name.removeprefix("predicted/"): value
                         for name, value in seen.items()
@@ -132,6 +133,7 @@ class Journal:
                     started_at=decision.at,
                     tokens=int(seen["tokens_at_swap"]),
                     rounds=int(seen["rounds_at_swap"]),
+                    requests=int(seen.get("requests_at_swap", 0)),
                     served=int(seen.get("served_at_swap", 0)),
                 )
             if decision.action != "reject":

@@ -136,12 +136,18 @@ class Swapper:
             if (serving := next(known, None)) is None:
                 self._restore(live, status)
                 return None
-            if previous := self.journal.predecessor(serving.version):
-                self.registry.point("previous", previous)
+            self._point_previous(serving)
             self.registry.point("live", serving.version)
             live = serving
+        else:  # killed between the aliases of a promotion that was rolled back since, ``previous`` had moved alone
+            self._point_previous(live)
         self._live = live
         return live
+
+    def _point_previous(self, live: DrafterVersion) -> None:
+        previous = self.journal.predecessor(live.version)
+        if previous:
+            self.registry.point("previous", previous)
 
     def _deliver(self) -> None:
         """Tell the registry what it has not been told, in order."""

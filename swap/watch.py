@@ -14,8 +14,9 @@ class Watch(Record, frozen=True, kw_only=True):
     candidate: str
     #: The version it replaced.
     live: str | None
-    #: Accept length that the gate predicted.
+    #: Accept length that the gate predicted, and its standard error as a share of it (0: not known).
     predicted: float
+    predicted_error: float = 0.0
     #: The same by stratum of the traffic, "domain/greedy" or "domain/sampled", where the gate saw any.
     predicted_by_stratum: dict[str, float] = {}
     #: Accept length of the replaced version: as observed just before the swap, else as the gate predicted.
@@ -25,6 +26,7 @@ class Watch(Record, frozen=True, kw_only=True):
     #: The candidate's counters at the swap (it may have served before).
     tokens: int = 0
     rounds: int = 0
+    requests: int = 0
     #: Rounds that the engine had served by then, with whatever drafter and depth.
     served: int = 0
 
@@ -32,11 +34,15 @@ class Watch(Record, frozen=True, kw_only=True):
 class WatchRules(Record, frozen=True, kw_only=True):
     """How long to look, and what is too little."""
 
-    rounds: int = 400
+    rounds: int = 1000
+    #: Where the engine counts them.  Rounds of one request are alike: they say less than as many of several.
+    requests: int = 40
     timeout_s: float = 120.0
     #: Times ``rounds`` that the engine serves, of whatever traffic, until traffic like that judged is not waited for.
-    patience: int = 10
+    patience: int = 5
     rollback_below: float = 0.9
+    #: Share of the rounds after which a drafter goes that fails by ``rollback_below`` twice over.
+    early: float = 0.25
 
 
 def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> Decision:
@@ -46,38 +52,47 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     version's: below the prediction alone, traffic may have grown harder for any drafter; below the previous one
     alone, the gate knew.  After ``timeout_s``, or ``patience`` times the rounds of whatever traffic, it decides on what
     it has (or the first watch before a shift would hold up all that is learned from the new traffic); without a single
-    round it keeps.
+    round it keeps.  A drafter below ``rollback_below`` of that floor goes once ``early`` of the rounds are seen.
     Only traffic of the strata that the gate judged is counted, and the prediction is weighted by their share of it: a
     shift of the traffic is not the drafter's doing.  Evidence: ``predicted_accept_length``,
-    ``previous_accept_length``, ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``.
+    ``predicted_error`` (its standard error as a share of it, as the gate saw it), ``previous_accept_length``,
+    ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``, ``requests`` (where counted).
     """
     predicted, tokens, rounds = _comparable(watch, status)
+    requests = _requests(watch, status)
+    evidence = {
+        "predicted_accept_length": predicted,
+        "predicted_error": watch.predicted_error,
+        "previous_accept_length": watch.previous,
+        "rounds": float(rounds),
+    }
+    if requests is not None:
+        evidence["requests"] = float(requests)
     verdict = Decision(
         action="wait",
         reason=f"{rounds} of {rules.rounds} rounds",
         candidate=watch.candidate,
         live=watch.live,
-        evidence={
-            "predicted_accept_length": predicted,
-            "previous_accept_length": watch.previous,
-            "rounds": float(rounds),
-        },
+        evidence=evidence,
         at=now,
     )
+    seen = min(rounds / max(1, rules.rounds), 1.0 if requests is None else requests / max(1, rules.requests))
     moved_on = status.rounds - watch.served >= rules.patience * rules.rounds
-    if rounds < rules.rounds and now < watch.started_at + rules.timeout_s and not moved_on:
-        return verdict
+    over = seen >= 1.0 or moved_on or now >= watch.started_at + rules.timeout_s
+    floor = rules.rollback_below * min(predicted, watch.previous)
     if rounds == 0:
-        return replace(verdict, action="keep", reason="it was not asked to draft for the traffic it was judged on")
+        reason = "it was not asked to draft for the traffic it was judged on"
+        return replace(verdict, action="keep", reason=reason) if over else verdict
     observed = tokens / rounds
-    evidence = {"observed_accept_length": observed, "relative_error": abs(predicted - observed) / observed}
-    fails = observed < rules.rollback_below * min(predicted, watch.previous)
+    if not over and not (seen >= rules.early and observed < rules.rollback_below * floor):
+        return verdict
+    evidence |= {"observed_accept_length": observed, "relative_error": abs(predicted - observed) / observed}
     return replace(
         verdict,
-        action="rollback" if fails else "keep",
+        action="rollback" if observed < floor else "keep",
         reason=f"accept length {observed:.2f} over {rounds} rounds, predicted {predicted:.2f}, "
         f"before {watch.previous:.2f}",
-        evidence=verdict.evidence | evidence,
+        evidence=evidence,
     )
 
 
@@ -95,6 +110,14 @@ def _comparable(watch: Watch, status: EngineStatus) -> tuple[float, int, int]:
     if rounds >= watch.rounds:  # else the engine started anew, and counts from zero
         tokens, rounds = tokens - watch.tokens, rounds - watch.rounds
     return watch.predicted, tokens, rounds
+
+
+def _requests(watch: Watch, status: EngineStatus) -> int | None:
+    """Requests that it has drafted for since the swap; None where the engine does not count them."""
+    requests = status.requests_by_drafter.get(watch.candidate)
+    if requests is None:
+        return None if not status.requests_by_drafter else 0
+    return requests - watch.requests if requests >= watch.requests else requests
 
 
 class Meter:

@@ -16,9 +16,12 @@ _CHEAPER_RATE, _DEARER_RATE = 0.3, 0.03
 #: A round in this many drafts to the full, to see what deeper drafts are worth now.  While drafting does not pay at
 #: all the pause doubles up to the second number: looking must not make serving slower than never speculating.
 _LOOK_EVERY, _LOOK_SELDOM = 24, 96
-#: Rounds after a swap that draft to the full, to learn what the new drafter is worth; a watch over the requests of a
-#: small batch then has what it asks for at once, also where drafting does not pay yet.
-_LEARN_ROUNDS = 96
+#: Rounds at the start and after a swap that draft to the full, to learn what the drafter is worth.
+_LEARN_ROUNDS = 48
+#: After a swap every other round goes on to draft to the full until requests have had so many such rounds together: a
+#: watch then has what it asks for also where drafting does not pay yet.  Spread out, because rounds of one request are
+#: alike: twice as many requests say more than twice as many rounds of the few that run at the swap.
+_WATCHED_ROUNDS = 1000
 
 
 class DepthControl:
@@ -36,20 +39,28 @@ class DepthControl:
         self.limit = limit
         self.adaptive = adaptive
         self._learn = _LEARN_ROUNDS
+        self._watched = 0
         self._pause = self._until_look = _LOOK_EVERY
         self._acceptance: dict[str, list[float]] = {}
         self._verify: dict[tuple[int, int], float] = {}
         self._draft: dict[tuple[int, int], float] = {}
 
     def swapped(self) -> None:
-        """A new drafter is in: look again at what every depth is worth."""
+        """A new drafter is in: look again at what every depth is worth, and show it to whoever watches."""
         self._learn = _LEARN_ROUNDS
-        self._pause = self._until_look = _LOOK_EVERY
+        self._watched = _WATCHED_ROUNDS
+        self._pause, self._until_look = _LOOK_EVERY, 1
 
     def choose(self, kinds: Sequence[str]) -> int:
         """Depth for a round of requests of these kinds."""
         if not self.adaptive or self.limit == 0 or not kinds:
             return self.limit
+        depth = self._next(kinds)
+        if depth == self.limit:
+            self._watched -= len(kinds)
+        return depth
+
+    def _next(self, kinds: Sequence[str]) -> int:
         if self._learn > 0:
             self._learn -= 1
             return self.limit
@@ -57,6 +68,9 @@ class DepthControl:
         self._until_look -= 1
         if self._until_look > 0:
             return best
+        if self._watched > 0:
+            self._until_look = 2
+            return self.limit
         self._pause = min(2 * self._pause, _LOOK_SELDOM) if best == 0 else _LOOK_EVERY
         self._until_look = self._pause
         return self.limit

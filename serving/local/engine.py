@@ -59,6 +59,8 @@ class _Running:
     unread_from: int = 0
     rounds: int = 0
     drafter: str = ""
+    #: Version for which it was counted among the requests that had a round of full depth.
+    counted_for: str | None = None
     finished: FinishReason | None = None
 
     @property
@@ -127,6 +129,7 @@ class LocalEngine:
         self._output_tokens = 0
         self._rounds = 0
         self._by_stratum: dict[str, dict[str, tuple[int, int]]] = {}
+        self._requests: dict[str, int] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -178,6 +181,7 @@ class LocalEngine:
             rounds=self._rounds,
             by_drafter={version: _total(strata) for version, strata in [*self._by_stratum.items()]},
             by_stratum={version: dict(strata) for version, strata in [*self._by_stratum.items()]},
+            requests_by_drafter=dict(self._requests),
             traces_offered=self._capture.offered if self._capture else 0,
             traces_dropped=self._capture.dropped if self._capture else 0,
             capture=self._capture is not None,
@@ -464,6 +468,9 @@ class LocalEngine:
                 stratum = f"others/{running.kind}"
             tokens, rounds = strata.get(stratum, (0, 0))
             strata[stratum] = (tokens + committed, rounds + 1)
+            if running.counted_for != self._version:
+                running.counted_for = self._version
+                self._requests[self._version] = self._requests.get(self._version, 0) + 1
         if len(proposal) and not proposal.tree:
             self._depth.outcome(running.kind, len(proposal), len(path))
 

@@ -52,7 +52,7 @@ def hasten(name: str, path: Path) -> None:
             # Fixed depth: what is learned shows in the accept length at once, not only when it pays.
             engine=replace(settings.engine, threads=1, draft_intermediate=256, adaptive_depth=False),
             trainer=replace(settings.trainer, threads=1, nice=15, publish_every_s=5, checkpoint_every_s=5),
-            swap=replace(settings.swap, watch_rounds=60, watch_timeout_s=10, poll_s=0.5),
+            swap=replace(settings.swap, watch_rounds=60, watch_requests=4, watch_timeout_s=10, poll_s=0.5),
             traces=replace(settings.traces, opted_out=("other",)),
             # The broker that stands in for Kafka waits half of this before it lets a consumer in.
             kafka=replace(settings.kafka, session_timeout_s=4.0),

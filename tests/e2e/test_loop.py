@@ -93,7 +93,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         gateway=Gateway(port=free_port()),
         traces=Traces(url=f"spool://{folder}/traces"),
         trainer=Trainer(folder=str(folder / "trainer"), publish_every_s=5, checkpoint_every_s=5),
-        swap=Swap(folder=str(folder / "swap"), watch_rounds=60, watch_timeout_s=10, poll_s=0.5),
+        swap=Swap(folder=str(folder / "swap"), watch_rounds=60, watch_requests=4, watch_timeout_s=10, poll_s=0.5),
         registry=Registry(url=f"http://127.0.0.1:{free_port()}", folder=str(folder / "mlflow")),
     )
     config = write_settings(settings, folder / "livedraft.toml")

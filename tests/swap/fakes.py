@@ -80,6 +80,8 @@ class FakeEngine:
         self.history = [version]
         self._rounds = 0
         self._counters: dict[str, tuple[int, int]] = {}
+        #: Requests by version; it counts none until some are given.
+        self.requests: dict[str, int] = {}
         self._take(folder, version)
 
     def _take(self, folder: Path, version: str) -> None:
@@ -116,6 +118,7 @@ class FakeEngine:
             output_tokens=0,
             rounds=self._rounds,
             by_drafter=dict(self._counters),
+            requests_by_drafter=dict(self.requests),
         )
 
     def swap(self, request: SwapRequest) -> SwapReceipt:

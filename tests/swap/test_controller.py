@@ -48,7 +48,9 @@ class World:
         self.stream = MemoryStream()
         self.replay = FakeReplay({"1": 2.0})
         self.now = 1000.0
-        self.settings = settings.Swap(gate_traces=16, gate_min_traces=4, watch_rounds=100, watch_timeout_s=60.0)
+        self.settings = settings.Swap(
+            gate_traces=16, gate_min_traces=4, gate_max_error=1.0, watch_rounds=100, watch_timeout_s=60.0
+        )
         self.stop = threading.Event()
         self.traces = 0
         drafts.write(tmp_path / "day0", 0)

@@ -36,7 +36,9 @@ def test_counters_are_summed_and_a_swap_reaches_everybody(versions: Path) -> Non
     fleet, engines = fleet_of(versions, 3)
     for engine, rounds in zip(engines, (10, 20, 30), strict=True):
         engine.serve(rounds, 2.0)
+        engine.requests["1"] = rounds // 10
     assert fleet.status().by_drafter == {"1": (120, 60)}
+    assert fleet.status().requests_by_drafter == {"1": 6}
     receipt = fleet.swap(request(versions, "2"))
     assert (receipt.version, receipt.previous) == ("2", "1")
     assert [engine.drafter for engine in engines] == ["2"] * 3

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from livedraft.contracts.messages import ReplayScore
 from livedraft.swap.gate import GateRules, RoundCost, judge
+from msgspec.structs import replace
 
 
 def scores(accept_lengths: list[float], tokens: float = 60.0) -> list[ReplayScore]:
@@ -70,6 +71,55 @@ def test_traces_weigh_by_their_tokens() -> None:
     assert decision.evidence["predicted_accept_length"] == pytest.approx(920 / 455)
 
 
+def test_traces_are_weighted_to_the_traffic_of_today() -> None:
+    """The candidate is worse on sixty traces of yesterday's domain, and better on twelve of today's."""
+    yesterday = [replace(s, trace_id=f"old{s.trace_id}") for s in scores([3.0] * 60)]
+    today = [replace(s, domain="code") for s in scores([1.2] * 12)]
+    candidate = [replace(s, rounds=s.rounds * 1.1) for s in yesterday] + [
+        replace(s, rounds=s.rounds / 1.3) for s in today
+    ]
+    live = [*yesterday, *today]
+    assert judge(candidate, live, GateRules()).action == "reject"
+    decision = judge(candidate, live, GateRules(), mix={"code/greedy": 900.0})
+    assert decision.action == "promote"
+    assert decision.evidence["ratio"] == pytest.approx(1.3)
+    assert decision.evidence["predicted_accept_length"] == pytest.approx(1.2 * 1.3)
+    assert decision.evidence["traces"] == 12
+    waits = judge(candidate, live, GateRules(min_traces=13), mix={"code/greedy": 900.0})
+    assert (waits.action, waits.evidence) == ("wait", {"traces": 12.0})
+
+
+def test_a_promise_that_is_not_known_well_enough_waits_while_traces_come() -> None:
+    live, better = noisy(2.5, n=12, spread=0.7), noisy(3.5, n=12, spread=0.9)
+    decision = judge(scores(better), scores(live), GateRules())
+    assert decision.action == "wait"
+    assert decision.evidence["predicted_error"] > 0.05
+    assert judge(scores(better), scores(live), GateRules(max_error=0.2)).action == "promote"
+    assert judge(scores(better), scores(live), GateRules(enough_traces=12)).action == "promote"
+
+
+def test_a_mix_weighs_strata_by_their_share_of_it() -> None:
+    both = scores([2.0] * 10) + [replace(s, trace_id=f"c{s.trace_id}", domain="code") for s in scores([4.0] * 30)]
+    mixed = judge(both, both, GateRules(), mix={"prose/greedy": 1.0, "code/greedy": 1.0, "never seen/greedy": 9.0})
+    # as many tokens of either: 2 / (1/2 + 1/4)
+    assert mixed.evidence["predicted_accept_length"] == pytest.approx(2 / 0.75)
+
+
+def test_a_mix_that_shares_nothing_with_the_evidence_is_no_reason_to_wait() -> None:
+    live = scores(noisy(2.0))
+    assert judge(scores(noisy(2.5)), live, GateRules(), mix={"code/greedy": 1.0}) == judge(
+        scores(noisy(2.5)), live, GateRules()
+    )
+
+
+def test_the_error_of_the_prediction_is_that_of_a_mean_over_traces() -> None:
+    """Repeated 300 times, predictions scatter as the gate says of one."""
+    lengths = [noisy(2.5, n=48, seed=seed, spread=0.5) for seed in range(300)]
+    found = [judge(scores(line), scores(line), GateRules(bootstrap=200)).evidence for line in lengths]
+    scatter = float(np.std([e["predicted_accept_length"] for e in found])) / 2.5
+    assert float(np.mean([e["predicted_error"] for e in found])) == pytest.approx(scatter, rel=0.15)
+
+
 def test_the_baseline_drafter_is_a_floor() -> None:
     live, better = [2.0] * 12, [2.2] * 12
     assert judge(scores(better), scores(live), GateRules(), baseline=scores([2.1] * 12)).action == "promote"
@@ -97,7 +147,7 @@ lengths = st.lists(st.floats(1.0, 5.0), min_size=8, max_size=30)
 @given(lengths, st.floats(1.01, 2.0))
 def test_uniformly_better_is_promoted_and_its_mirror_rejected(live: list[float], gain: float) -> None:
     better = [al * gain for al in live]
-    rules = GateRules(bootstrap=50)
+    rules = GateRules(bootstrap=50, max_error=1.0)
     promoted = judge(scores(better), scores(live), rules)
     assert promoted.action == "promote"
     assert promoted.evidence["ratio"] == pytest.approx(gain)
@@ -107,7 +157,7 @@ def test_uniformly_better_is_promoted_and_its_mirror_rejected(live: list[float],
 @given(lengths, lengths)
 def test_the_verdict_is_a_function_of_its_evidence(candidate: list[float], live: list[float]) -> None:
     shared = min(len(candidate), len(live))
-    rules = GateRules(bootstrap=50)
+    rules = GateRules(bootstrap=50, max_error=1.0)
     first = judge(scores(candidate[:shared]), scores(live[:shared]), rules)
     assert first == judge(scores(candidate[:shared]), scores(live[:shared]), rules)
     assert first.evidence["lower"] <= first.evidence["upper"]

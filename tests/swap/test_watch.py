@@ -3,13 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from livedraft.contracts.messages import EngineStatus
 from livedraft.swap.watch import Meter, Watch, WatchRules, judge
 from msgspec.structs import replace
 
 from . import drafts
 from .fakes import FakeEngine
 
-RULES = WatchRules(rounds=400, timeout_s=120.0, rollback_below=0.9)
+RULES = WatchRules(rounds=400, requests=40, timeout_s=120.0, rollback_below=0.9)
 WATCH = Watch(candidate="2", live="1", predicted=3.0, previous=2.5, started_at=100.0)
 
 
@@ -20,7 +23,7 @@ def engine(tmp_path: Path) -> FakeEngine:
 
 
 def test_it_waits_for_its_rounds(engine: FakeEngine) -> None:
-    engine.serve(399, 1.0)
+    engine.serve(399, 3.0)
     decision = judge(WATCH, engine.status(), 101.0, RULES)
     assert decision.action == "wait"
     assert decision.evidence["rounds"] == 399
@@ -45,6 +48,59 @@ def test_it_compares_with_the_promise_and_the_past(engine: FakeEngine, observed:
     assert decision.evidence["relative_error"] == pytest.approx(abs(3.0 - observed) / observed)
 
 
+def test_rounds_of_too_few_requests_do_not_decide(engine: FakeEngine) -> None:
+    watch = replace(WATCH, requests=3)  # it had served before
+    engine.serve(5000, 2.2)
+    engine.requests["2"] = 42
+    assert judge(replace(watch, served=5000), engine.status(), 101.0, RULES).action == "wait"
+    engine.requests["2"] = 43
+    decision = judge(replace(watch, served=5000), engine.status(), 101.0, RULES)
+    assert (decision.action, decision.evidence["requests"]) == ("rollback", 40)
+
+
+def test_where_requests_are_counted_one_without_any_waits(engine: FakeEngine) -> None:
+    engine.serve(400, 3.0)
+    engine.requests["1"] = 100
+    assert judge(WATCH, engine.status(), 101.0, RULES).action == "wait"
+
+
+def test_a_drafter_that_fails_by_far_goes_early(engine: FakeEngine) -> None:
+    engine.serve(99, 1.5)
+    assert judge(WATCH, engine.status(), 101.0, RULES).action == "wait"
+    engine.serve(1, 1.5)
+    assert judge(WATCH, engine.status(), 101.0, RULES).action == "rollback"
+
+
+def test_a_drafter_that_fails_by_little_has_its_time(engine: FakeEngine) -> None:
+    engine.serve(399, 2.2)  # below 0.9 x 2.5, not below 0.81 x 2.5
+    assert judge(WATCH, engine.status(), 101.0, RULES).action == "wait"
+
+
+@given(
+    st.integers(1, 4000),
+    st.floats(1.0, 5.0),
+    st.floats(1.0, 5.0),
+    st.floats(1.0, 5.0),
+    st.integers(0, 200),
+    st.floats(0, 200),
+)
+def test_it_goes_back_only_from_what_is_worse_than_promised_and_than_before(
+    rounds: int, observed: float, predicted: float, previous: float, requests: int, seconds: float
+) -> None:
+    watch = replace(WATCH, predicted=predicted, previous=previous)
+    status = EngineStatus(
+        engine="e", target="t", target_revision="r", tokenizer_hash="h", context_length=1, drafter="2",
+        drafter_checksum="c", running=0, waiting=0, output_tokens=0, rounds=rounds,
+        by_drafter={"2": (round(rounds * observed), rounds)}, requests_by_drafter={"2": requests},
+    )  # fmt: skip
+    decision = judge(watch, status, WATCH.started_at + seconds, RULES)
+    if decision.action == "rollback":
+        assert decision.evidence["observed_accept_length"] < 0.9 * min(predicted, previous)
+    if decision.action == "wait":
+        assert rounds < RULES.rounds or requests < RULES.requests
+        assert seconds < RULES.timeout_s
+
+
 def test_a_small_promise_kept_is_no_reason_to_go_back(engine: FakeEngine) -> None:
     engine.serve(400, 1.5)
     watch = Watch(candidate="2", live="1", predicted=1.5, previous=2.5, started_at=100.0)
@@ -61,7 +117,7 @@ def test_once_the_traffic_has_moved_on_it_decides_on_what_it_has(engine: FakeEng
     engine.serve_undrafted(5000)  # before the swap
     watch = replace(WATCH, served=engine.status().rounds)
     engine.serve(60, 1.0)
-    engine.serve_undrafted(3939)
+    engine.serve_undrafted(1939)
     assert judge(watch, engine.status(), 101.0, RULES).action == "wait"
     engine.serve_undrafted(1)
     assert judge(watch, engine.status(), 101.0, RULES).action == "rollback"
