@@ -197,7 +197,10 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: Of matrix products (weights stay float32): "auto" takes bfloat16 where the processor has tiles for it (AMX).
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Deepest unroll on the drafter's own outputs, reached as its chains grow longer; at least the serving depth.
-    unroll: int = 5
+    unroll: int = 4
+    #: Positions of a trace from which chains are unrolled in a step: one in so many, others each time.  Neighbours
+    #: teach nearly the same, so half of them in twice as many steps teach more in the same time.
+    root_every: int = 2
     #: Weight of depth k is ``decay ** k``.
     decay: float = 0.8
     #: Whether the head learns too, or stays the target's: a third of a step's products, for little.
@@ -214,7 +217,7 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: Traces kept: half the most recent ones, half a long memory stratified by domain.
     replay_traces: int = 512
     #: Times a recent trace may be trained on, its first included.
-    max_uses: int = 12
+    max_uses: int = 24
     #: Steps for each admitted trace; 0 learns as fast as time allows.  Any other value makes the weights a
     #: function of the stream alone (lockstep).
     steps_per_trace: float = 0.0

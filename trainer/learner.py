@@ -247,8 +247,15 @@ class Learner:
         if (over := length - 1 - settings.window) > 0:
             # A longer trace shows another part each time; half a window of prompt at most.
             start = self._random.randint(min(max(trace.prompt.shape[0] - settings.window // 2, 0), over), over)
-        stale = self._stale if settings.discard else None
-        return lesson(trace, self.depth, start=start, window=settings.window, stale=stale)
+        return lesson(
+            trace,
+            self.depth,
+            start=start,
+            window=settings.window,
+            stale=self._stale if settings.discard else None,
+            every=settings.root_every,
+            skip=self._random.randrange(settings.root_every) if settings.root_every > 1 else 0,
+        )
 
     @property
     def _stale(self) -> set[str]:

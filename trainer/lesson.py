@@ -103,13 +103,20 @@ def row_after(trace: Trace, nodes: Nodes, length: int) -> Ints:
 
 
 def lesson(
-    trace: Trace, depth: int, *, start: int = 0, window: int | None = None, stale: Set[str] | None = None
+    trace: Trace,
+    depth: int,
+    *,
+    start: int = 0,
+    window: int | None = None,
+    stale: Set[str] | None = None,
+    every: int = 1,
+    skip: int = 0,
 ) -> Lesson:
     """The window of at most ``window`` positions from ``start`` on, with chains of ``depth`` steps.
 
-    Chains hang on every position whose next token has a recorded target row, prompt excluded.  Rejected nodes
-    give one more chain per rejected leaf, except those of drafter versions in ``stale``; ``stale`` None leaves
-    the rejected out.  Positions without features are left out.
+    Chains hang on every position whose next token has a recorded target row, prompt excluded; or, after the first
+    ``skip`` of these, on one in ``every``.  Rejected nodes give one more chain per rejected leaf, except those of
+    drafter versions in ``stale``; ``stale`` None leaves the rejected out.  Positions without features are left out.
     """
     tokens = np.concatenate([to_numpy(trace.prompt), to_numpy(trace.output)]).astype(np.int64)
     assert trace.features.values is not None, "admission lets only traces with features in"
@@ -123,7 +130,7 @@ def lesson(
     return Lesson(
         features=torch.tensor(features[start - trace.features.start : end - trace.features.start]),
         next_tokens=torch.from_numpy(tokens[start + 1 : end + 1]),
-        committed=_committed(tokens, rows, depth, start, end),
+        committed=_committed(tokens, rows, depth, start, end, every, skip),
         rejected=rejected,
         top_ids=torch.from_numpy(to_numpy(trace.rounds.top_ids).astype(np.int64)),
         top_logprobs=torch.tensor(to_float32(trace.rounds.top_logprobs)),
@@ -133,9 +140,10 @@ def lesson(
     )
 
 
-def _committed(tokens: Ints, rows: Ints, depth: int, start: int, end: int) -> Chains:
+def _committed(tokens: Ints, rows: Ints, depth: int, start: int, end: int, every: int, skip: int) -> Chains:
     root = np.arange(start, end)
     root = root[rows[root + 1] >= 0]
+    root = root[skip % max(1, len(root)) :: every]
     reads = root[:, None] + 1 + np.arange(depth)
     inside = reads < len(tokens)
     reads = np.minimum(reads, len(tokens) - 1)

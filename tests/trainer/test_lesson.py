@@ -35,6 +35,22 @@ def test_committed_chains_by_hand(trace_of: TraceMaker) -> None:
     assert found.rows.tolist() == [[0, 1, 2], [1, 2, 4], [2, 4, -1], [4, -1, -1]]
 
 
+def test_of_every_other_root_the_two_halves_are_the_whole(random_trace: TraceMaker) -> None:
+    trace = random_trace(3, tokens=31)
+    whole = lesson(trace, 3).committed
+    for every in (1, 2, 3):
+        parts = [lesson(trace, 3, every=every, skip=skip).committed for skip in range(every)]
+        assert sorted(r for part in parts for r in part.root) == whole.root.tolist()
+        for skip, part in enumerate(parts):
+            np.testing.assert_array_equal(part.tokens, whole.tokens[skip::every])
+            np.testing.assert_array_equal(part.rows, whole.rows[skip::every])
+
+
+def test_a_trace_of_few_roots_has_one_to_learn_from_whatever_is_skipped(trace_of: TraceMaker) -> None:
+    found = lesson(trace_of([10], [([11], [-1], [False], 13)], first=12), 2, every=4, skip=3).committed
+    assert len(found.root) == 1
+
+
 def test_rejected_chains_by_hand(trace_of: TraceMaker) -> None:
     trace = trace_of([10, 11], CHAIN, first=12, logprobs=[-0.1, -0.2, -0.3, -0.4, -0.5])
     found = lesson(trace, 4, stale=set()).rejected
