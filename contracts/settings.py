@@ -229,8 +229,14 @@ class Trainer(_Section, frozen=True, kw_only=True):
     objective: Literal["forward_kl"] = "forward_kl"
     #: Rejected nodes from a drafter this many versions back or more are not used.
     max_version_lag: int = 20
-    #: Seconds between candidates while something was learned.
-    publish_every_s: float = 20.0
+    #: Candidates are published when the accept length of training has grown by this share since the last, but neither
+    #: sooner than ``publish_least_s`` nor later than ``publish_every_s`` seconds, as long as something was learned.
+    publish_gain: float = 0.03
+    publish_least_s: float = 8.0
+    publish_every_s: float = 30.0
+    #: Growth of the accept length per 100 steps below which there is nothing to gain: after three times in a row it
+    #: learns from each new trace once only, until acceptance falls or grows again.  Below -1 it never rests.
+    rest_gain: float = 0.005
     #: Seconds between checkpoints.
     checkpoint_every_s: float = 20.0
     #: Where checkpoints and candidate folders are kept.

@@ -6,9 +6,11 @@ random choices whose state is part of its own.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +24,13 @@ from livedraft.trainer.batch import pack
 from livedraft.trainer.evaluate import can_score
 from livedraft.trainer.lesson import Lesson, lesson
 from livedraft.trainer.model import Drafter
-from livedraft.trainer.objective import Objective, loss
+from livedraft.trainer.objective import Loss, Objective, loss
 from livedraft.trainer.optimizer import Optimizer
+from livedraft.trainer.pace import Pace
 from livedraft.trainer.replay import Replay, ReplayState
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 #: Trace ids remembered for deduplication: at-least-once delivery repeats what is recent.
 _DEDUPE = 1 << 16
@@ -55,6 +60,7 @@ class LearnerState(Record, frozen=True, kw_only=True):
     #: Drafter versions in the order in which traces first named them.
     versions: tuple[str, ...]
     replay: ReplayState
+    pace: Pace = Pace()
     #: Python's Mersenne Twister.
     random: tuple[int, ...]
 
@@ -112,6 +118,7 @@ class Learner:
         drafter.lm_head.weight.requires_grad_(settings.head == "trained")
         self._optimizer = Optimizer(drafter, settings)
         self._average = Average(drafter, settings.average)
+        self.pace = Pace()
         self._accept_length = 1.0
         self._feature_rms = 0.0
         self._objective = Objective(
@@ -130,9 +137,11 @@ class Learner:
 
     @property
     def can_learn(self) -> bool:
-        """Whether there is a batch that has not been used up."""
-        paid = not self._settings.steps_per_trace or self._owed >= 1
-        return paid and self._replay.can_sample(self._settings.batch_traces)
+        """Whether there is a batch that has not been used up; at rest, one of new traces."""
+        lockstep = bool(self._settings.steps_per_trace)
+        resting = self.pace.mode == "resting" and not lockstep
+        paid = not lockstep or self._owed >= 1
+        return paid and self._replay.can_sample(self._settings.batch_traces, new=resting)
 
     @property
     def depth(self) -> int:
@@ -152,7 +161,8 @@ class Learner:
     def step(self) -> Step:
         """One optimiser step on a batch from replay.  Call only while ``can_learn``."""
         settings = self._settings
-        traces = self._replay.sample(settings.batch_traces, self._random)
+        fresh_share = None if self.pace.mode == "steady" else 1.0
+        traces = self._replay.sample(settings.batch_traces, self._random, fresh_share=fresh_share)
         batch = pack(
             [self._lesson(trace) for trace in traces], self.drafter.draft_row, hard_greedy=settings.hard_greedy
         )
@@ -165,10 +175,19 @@ class Learner:
             self._accept_length += 0.05 * (found.accept_length - self._accept_length)
         else:  # one batch that overflows must not cost all that was learned
             self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1
+        self._keep_pace(traces[: self._replay.new], found)
         self._owed = max(self._owed - 1, 0.0)
         self.steps += 1
         self.tokens += batch.tokens
         return Step(float(found.total.detach()), found.accept_length, batch.tokens, batch.excluded)
+
+    def _keep_pace(self, new: Sequence[Trace], found: Loss) -> None:
+        drifts = self.pace.drifts
+        scores = zip((t.domain for t in new), found.by_lesson.tolist(), strict=False)
+        self.pace = self.pace.stepped(found.accept_length, self._settings.rest_gain).heard(scores)
+        if self.pace.drifts > drifts:
+            _log.info("learning from what is new: %s", self.pace.reason)
+            self._replay.turn_over(self._settings.batch_traces, self._random)
 
     def candidate(self) -> dict[str, np.ndarray]:
         """Copies of what is worth publishing now, by tensor name: the averaged weights."""
@@ -191,6 +210,7 @@ class Learner:
             known=tuple(self._known),
             versions=tuple(self._versions),
             replay=self._replay.state(),
+            pace=self.pace,
             random=self._random.getstate()[1],
         )
         return plain, tensors, list(self._replay)
@@ -207,6 +227,7 @@ class Learner:
         self._known = OrderedDict.fromkeys(plain.known)
         self._versions = dict.fromkeys(plain.versions)
         self._replay.restore(plain.replay, traces)
+        self.pace = plain.pace
         self._random.setstate((3, plain.random, None))
 
     def _verdict(self, delivery: Delivery) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -15,7 +16,10 @@ from livedraft.contracts.ports import Registry, TraceSource
 from livedraft.contracts.settings import Trainer as Settings
 from livedraft.trainer.checkpoint import Checkpoints
 from livedraft.trainer.learner import Learner, Step
+from livedraft.trainer.pace import Candidates
 from livedraft.trainer.publish import Publisher
+
+_log = logging.getLogger(__name__)
 
 
 class Progress(Record, frozen=True, kw_only=True):
@@ -35,6 +39,10 @@ class Progress(Record, frozen=True, kw_only=True):
     #: Version published last.
     published: str | None
     at: float
+    #: "steady", "recovering" or "resting", and why; times that acceptance has fallen for good.
+    mode: str = "steady"
+    reason: str = ""
+    drifts: int = 0
 
 
 def run(
@@ -66,18 +74,27 @@ def run(
     source.seek(learner.offsets)
     publisher = Publisher(registry, folder / "candidates", parent=parent)
     report = _Report(folder / "progress.json", learner, source, publisher)
-    publish_due = _Every(settings.publish_every_s)
+    candidates = Candidates(
+        gain=settings.publish_gain,
+        least_s=min(settings.publish_least_s, settings.publish_every_s),
+        most_s=settings.publish_every_s,
+        published_at=time.monotonic(),
+    )
     checkpoint_due = _Every(settings.checkpoint_every_s)
     published_at = 0  # what an earlier start learned is offered again: a registry knows weights it has
     while not stop.is_set():
         heard = _hear(learner, source)
         if learner.can_learn:
             report.last = learner.step()
+            candidates = candidates.learned(learner.pace.level)
         elif until_drained and not heard and not source.lag():
             break
-        if learner.steps > published_at and publish_due():
-            publisher.offer(learner, report.metrics)
-            published_at = learner.steps
+        if learner.steps > published_at:
+            due, why = candidates.due(learner.pace.level, time.monotonic())
+            if due:
+                _log.info("candidate after %d steps: %s", learner.steps, why)
+                publisher.offer(learner, report.metrics)
+                published_at, candidates = learner.steps, candidates.published(time.monotonic())
         if checkpoint_due():
             save()
         report()
@@ -142,6 +159,9 @@ class _Report:
             lag=self._source.lag(),
             published=self._publisher.latest,
             at=time.time(),
+            mode=learner.pace.mode,
+            reason=learner.pace.reason,
+            drifts=learner.pace.drifts,
         )
         half = self._path.with_suffix(".half")
         half.write_bytes(msgspec.json.encode(progress))

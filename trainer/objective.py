@@ -41,6 +41,8 @@ class Loss:
     #: f[D] mean KL in nats, and mean sum of min(p, q), on committed positions at each step.
     divergence: Tensor
     overlap: Tensor
+    #: f[n] the accept length of each lesson alone.
+    by_lesson: Tensor
 
     @property
     def accept_length(self) -> float:
@@ -53,6 +55,9 @@ def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
     total = drafter.norm.weight.sum() * 0
     depth = min(objective.unroll, len(batch.steps))
     divergence, overlap = torch.zeros(2, depth)
+    lessons = torch.tensor(batch.roots.chains)
+    owner = torch.arange(len(lessons)).repeat_interleave(lessons)
+    agreed, counted = torch.zeros(2, depth, len(lessons))
     # log of the importance weight that each chain's line has gathered so far
     line = batch.proposed.new_zeros(len(batch.proposed))
     for k, hidden in enumerate(unroll(drafter, batch.roots, depth)):
@@ -73,9 +78,12 @@ def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
         total = total + objective.decay**k * found.total
         divergence[k] = found.rows[committed].sum() / count
         overlap[k] = found.overlap[committed].sum() / count
+        agreed[k].index_add_(0, owner[step.chains], (found.overlap * committed).float())
+        counted[k].index_add_(0, owner[step.chains], committed.float())
         if objective.discard and k + 1 < depth:
             line = line + _log_ratio(drafter, normed.detach(), batch, k + 1)
-    return Loss(total, divergence, overlap)
+    by_lesson = 1 + (agreed / counted.clamp(min=1)).cumprod(0).sum(0)
+    return Loss(total, divergence, overlap, by_lesson)
 
 
 @torch.no_grad()

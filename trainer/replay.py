@@ -50,6 +50,8 @@ class Replay:
         self._offered: dict[str, int] = {}
         #: Traces that left without ever being trained on: traffic outran the trainer.
         self.unused = 0
+        #: How many of the last sample, its first, had not been drawn before.
+        self.new = 0
 
     def __iter__(self) -> Iterator[Trace]:
         yield from (kept.trace for kept in self._recent)
@@ -64,15 +66,27 @@ class Replay:
             self.unused += leaving.uses == 0
             self._remember(leaving.trace, rng)
 
-    def can_sample(self, size: int) -> bool:
-        """Whether a batch of ``size`` can be drawn."""
-        return len(self._usable()) >= size - self._rehearsals(size)
+    def turn_over(self, keep: int, rng: random.Random) -> None:
+        """Begin anew with what was never drawn and the latest ``keep`` that were: the rest is history, for memory."""
+        used = [kept for kept in self._recent if kept.uses]
+        past = used[: max(len(used) - keep, 0)]
+        gone = {kept.trace.trace_id for kept in past}
+        self._recent = deque(kept for kept in self._recent if kept.trace.trace_id not in gone)
+        for kept in past:
+            self._remember(kept.trace, rng)
 
-    def sample(self, size: int, rng: random.Random) -> list[Trace]:
+    def can_sample(self, size: int, *, new: bool = False) -> bool:
+        """Whether a batch of ``size`` can be drawn; ``new``: of traces never drawn before, but for rehearsals."""
+        usable = [kept for kept in self._usable() if not (new and kept.uses)]
+        return len(usable) >= size - self._rehearsals(size)
+
+    def sample(self, size: int, rng: random.Random, *, fresh_share: float | None = None) -> list[Trace]:
         """A batch of ``size`` traces, no recent one twice.  Call only while ``can_sample(size)``.
 
-        At most ``fresh_share`` of it is new while used ones are left to fill the rest, least used first.
+        At most ``fresh_share`` of it (the constructor's by default) is new while used ones are left to fill the rest,
+        least used first.
         """
+        share = self._fresh_share if fresh_share is None else fresh_share
         rehearsed = self._rehearse(self._rehearsals(size), rng)
         usable = self._usable()
         new = [kept for kept in usable if kept.uses == 0]
@@ -81,7 +95,8 @@ class Replay:
         rng.shuffle(used)
         used.sort(key=lambda kept: kept.uses)
         wanted = size - len(rehearsed)
-        fresh = max(math.ceil(size * self._fresh_share), wanted - len(used))
+        fresh = max(math.ceil(size * share), wanted - len(used))
+        self.new = min(len(new), fresh, wanted)
         chosen = (new[:fresh] + used)[:wanted]
         for kept in chosen:
             kept.uses += 1

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from livedraft.swap.drift import DriftByDomain, PageHinkley
+from livedraft.swap.drift import DriftByDomain
+from livedraft.traces.page_hinkley import PageHinkley
 
 from .fakes import trace
 

@@ -13,6 +13,7 @@ from livedraft.contracts.settings import Trainer
 from livedraft.traces.arrays import from_numpy
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.model import Drafter
+from msgspec.structs import replace
 
 TraceMaker = Callable[..., Trace]
 TARGET = TargetId(target="tiny", target_revision="r", tokenizer_hash="h")
@@ -70,6 +71,41 @@ def test_it_sleeps_when_everything_is_used_up(drafter: Drafter, random_trace: Tr
     assert found.steps == 4 * 3 // 2
     deliver(found, random_trace(7), random_trace(8))
     assert found.can_learn
+
+
+def test_at_rest_it_learns_from_each_new_trace_once(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, max_uses=9)
+    deliver(found, *(random_trace(n) for n in range(4)))
+    found.step()
+    found.pace = replace(found.pace, mode="resting")
+    found.step()
+    assert not found.can_learn  # all four were seen once
+    deliver(found, random_trace(7))
+    assert not found.can_learn
+    deliver(found, random_trace(8))
+    assert found.can_learn
+    found.step()
+    assert not found.can_learn
+    found.pace = replace(found.pace, mode="steady")
+    assert found.can_learn
+
+
+def test_a_drift_turns_replay_over(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, replay_traces=40, learning_rate=0.0, matrix_learning_rate=0.0, warmup_steps=1)
+    deliver(found, *(random_trace(n, domain="old") for n in range(12)))
+    for _ in range(6):
+        found.step()
+    assert found.pace.tests.keys() == {"", "old"}
+    # It expected far more of the traffic than the next traces show.
+    expects = {name: replace(test, peak=test.sum + 100.0) for name, test in found.pace.tests.items()}
+    found.pace = replace(found.pace, tests=expects)
+    deliver(found, *(random_trace(n, domain="new") for n in range(20, 24)))
+    found.step()
+    assert (found.pace.mode, found.pace.drifts) == ("recovering", 1)
+    plain, _, _ = found.state()
+    used = [name for name, uses in plain.replay.recent if uses]
+    assert len(used) == found._settings.batch_traces
+    assert len(plain.replay.memory["old"]) == 8 - len(used)  # six steps of one new trace, after one of two
 
 
 def test_in_lockstep_steps_follow_records(drafter: Drafter, random_trace: TraceMaker) -> None:

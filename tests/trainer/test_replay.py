@@ -75,6 +75,41 @@ def test_new_traces_fill_half_a_batch_while_used_ones_fill_the_rest(named: Calla
     assert len(batch & {"a0", "a1", "a2", "a3"}) == 2
 
 
+def test_turned_over_it_begins_with_what_is_new_and_rehearses_the_rest(named: Callable[..., Trace]) -> None:
+    rng, kept = random.Random(0), replay(capacity=40, max_uses=9)
+    for i in range(12):
+        kept.add(named(i, "old"), rng)
+    for _ in range(4):
+        kept.sample(4, rng)
+    for i in range(6):
+        kept.add(named(i, "new"), rng)
+    kept.turn_over(2, rng)
+    state = kept.state()
+    assert [name for name, uses in state.recent if uses] == ["old8", "old9"]
+    assert {name for name, uses in state.recent if not uses} == {
+        *(f"old{i}" for i in range(10, 12)),
+        *(f"new{i}" for i in range(6)),
+    }
+    assert set(state.memory["old"]) == {f"old{i}" for i in range(8)}
+    assert len(list(kept)) == 18
+
+
+def test_the_first_of_a_sample_are_the_new_ones(named: Callable[..., Trace]) -> None:
+    rng, kept = random.Random(0), replay(capacity=40, rehearse=0.0)
+    for i in range(4):
+        kept.add(named(i), rng)
+    kept.sample(4, rng)
+    assert kept.new == 4
+    for i in range(10, 13):
+        kept.add(named(i), rng)
+    batch = [t.trace_id for t in kept.sample(4, rng)]
+    assert (kept.new, batch[:2]) == (2, ["a10", "a11"])
+    assert kept.can_sample(4)
+    assert not kept.can_sample(4, new=True)
+    batch = [t.trace_id for t in kept.sample(4, rng, fresh_share=1.0)]
+    assert (kept.new, batch[0]) == (1, "a12")
+
+
 def test_an_old_domain_is_rehearsed_while_a_new_one_streams_in(named: Callable[..., Trace]) -> None:
     rng, kept = random.Random(0), replay(capacity=16)
     for i in range(20):
