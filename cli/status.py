@@ -51,6 +51,9 @@ class TrainerProgress(Record, frozen=True, kw_only=True):
     loss: float | None = None
     accept_length: float | None = None
     published: str | None = None
+    mode: str = "steady"
+    reason: str = ""
+    drifts: int = 0
 
 
 def status(
@@ -167,6 +170,7 @@ def _trainer(settings: Settings) -> Answer:
         [
             f"{seen.steps} steps, {seen.tokens} tokens, {seen.tokens_per_s:.0f} tokens/s; {learned}",
             f"{seen.lag} records behind; published last: {seen.published or 'none'}",
+            f"{seen.mode}: {seen.reason or 'no reason given'}; acceptance fell for good {seen.drifts} times",
             f"said so {max(0.0, time.time() - seen.at):.0f} s ago",
         ],
     )

@@ -260,6 +260,10 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     by_stratum: dict[str, dict[str, tuple[int, int]]] = {}
     #: Requests that had any such round, by drafter version; empty where an engine does not count them.
     requests_by_drafter: dict[str, int] = {}
+    #: Measured seconds of a target pass by rows per request (1: a plain step), and of drafting by depth, at the batch
+    #: size served most; empty where an engine does not measure them.
+    pass_s: dict[int, float] = {}
+    draft_s: dict[int, float] = {}
     traces_offered: int = 0
     traces_dropped: int = 0
     capture: bool = True

@@ -150,7 +150,8 @@ class Controller:
         live = self._score_served(live_folder, traces)
         baseline = None if self._baseline is None else self._score_served(self._baseline, traces)
         today = mix(self._evidence.today(status))
-        verdict = gate.judge(candidate, live, self._rules, baseline=baseline, mix=today)
+        rules = replace(self._rules, cost=gate.measured(status, self._rules.cost))
+        verdict = gate.judge(candidate, live, rules, baseline=baseline, mix=today)
         self._undecided = asked
         return replace(verdict, evidence=verdict.evidence | {"drifted_domains": float(len(self._drift.domains))})
 

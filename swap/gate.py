@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from livedraft.contracts.messages import Decision, Record, ReplayScore
+from livedraft.contracts.messages import Decision, EngineStatus, Record, ReplayScore
 from msgspec.structs import replace
 
 
@@ -22,7 +22,7 @@ class RoundCost(Record, frozen=True, kw_only=True):
     """What a speculating round costs, in plain one-token passes of the target.
 
     The defaults are those of float32 on a CPU, where a pass over five rows costs about 1.5 of a pass over one; on
-    a GPU with idle compute ``verify`` is near 1.  An engine's measured costs replace them.
+    a GPU with idle compute ``verify`` is near 1.  What an engine measured replaces them: see ``measured``.
     """
 
     depth: int = 4
@@ -35,6 +35,16 @@ class RoundCost(Record, frozen=True, kw_only=True):
     def total(self) -> float:
         """Plain passes per round: the accept length at which speculation breaks even."""
         return self.verify + self.depth * self.draft
+
+
+def measured(status: EngineStatus, otherwise: RoundCost) -> RoundCost:
+    """The costs that an engine measured at ``otherwise.depth``; each that it has not is ``otherwise``'s."""
+    plain = status.pass_s.get(1, 0.0)
+    if plain <= 0:
+        return otherwise
+    verify = status.pass_s.get(otherwise.depth + 1, 0.0) / plain
+    draft = status.draft_s.get(otherwise.depth, 0.0) / plain / max(1, otherwise.depth)
+    return replace(otherwise, verify=verify or otherwise.verify, draft=draft or otherwise.draft)
 
 
 class GateRules(Record, frozen=True, kw_only=True):
@@ -70,8 +80,9 @@ def judge(
     ``mix``: today's tokens by stratum ("domain/greedy", "domain/sampled"); traces of others weigh nothing.
     Evidence: ``predicted_accept_length`` and ``live_accept_length`` over all traces, ``predicted_error`` (standard
     error of the first, as a share of it), ``ratio`` of goodputs with its interval ``lower`` .. ``upper``,
-    ``goodput_over_plain`` (1.0: as fast as not speculating), ``traces`` (that weigh anything), ``tokens``;
-    ``predicted/domain/greedy`` and ``predicted/domain/sampled`` by stratum of the traffic.
+    ``goodput_over_plain`` (1.0: as fast as not speculating), ``break_even`` (the accept length where it is 1.0),
+    ``traces`` (that weigh anything), ``tokens``; ``predicted/domain/greedy`` and ``predicted/domain/sampled`` by
+    stratum of the traffic.
     """
     drafters = [candidate, live] if baseline is None else [candidate, live, baseline]
     tokens, rounds, strata = _pair(drafters)
@@ -94,6 +105,7 @@ def judge(
         "lower": lower,
         "upper": upper,
         "goodput_over_plain": goodput[0],
+        "break_even": rules.cost.total,
         "traces": tokens.shape[1],
         "tokens": tokens[0].sum(),
     }

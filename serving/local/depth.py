@@ -44,6 +44,7 @@ class DepthControl:
         self._acceptance: dict[str, list[float]] = {}
         self._verify: dict[tuple[int, int], float] = {}
         self._draft: dict[tuple[int, int], float] = {}
+        self._rounds: dict[int, int] = {}
 
     def swapped(self) -> None:
         """A new drafter is in: look again at what every depth is worth, and show it to whoever watches."""
@@ -77,6 +78,7 @@ class DepthControl:
 
     def costs(self, batch: int, depth: int, draft_s: float, verify_s: float) -> None:
         """Seconds that drafting ``depth`` tokens and verifying ``depth + 1`` rows took."""
+        self._rounds[batch] = self._rounds.get(batch, 0) + 1
         for table, seconds in ((self._draft, draft_s), (self._verify, verify_s)):
             before = table.get((batch, depth))
             if before is None:
@@ -85,6 +87,21 @@ class DepthControl:
             rate = _CHEAPER_RATE if seconds < before else _DEARER_RATE
             # A pause of the machine is not a cost: one outlier counts as at most a factor.
             table[batch, depth] = before + rate * (min(seconds, 3 * before) - before)
+
+    def measured(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds of a target pass by rows per request, and of drafting by depth, at the batch size served most.
+
+        Of batch sizes that both speculated and did not, if there are any.  Other threads may ask.
+        """
+        verify, draft = [*self._verify.items()], [*self._draft.items()]
+        known: dict[int, dict[int, float]] = {}
+        for (batch, depth), seconds in verify:
+            known.setdefault(batch, {})[depth + 1] = seconds
+        if not known:
+            return {}, {}
+        rounds = dict([*self._rounds.items()])
+        most = max(known, key=lambda batch: (1 in known[batch] and len(known[batch]) > 1, rounds.get(batch, 0)))
+        return known[most], {depth: s for (batch, depth), s in draft if batch == most and depth}
 
     def outcome(self, kind: str, proposed: int, accepted: int) -> None:
         """A round of one request: ``accepted`` of ``proposed`` draft tokens stood."""

@@ -167,6 +167,7 @@ class LocalEngine:
         if self._fault:
             raise Overloaded(self._fault)
         weights = self._drafter.weights if self._drafter else None
+        pass_s, draft_s = self._depth.measured()
         return EngineStatus(
             engine=NAME,
             target=self._name,
@@ -182,6 +183,8 @@ class LocalEngine:
             by_drafter={version: _total(strata) for version, strata in [*self._by_stratum.items()]},
             by_stratum={version: dict(strata) for version, strata in [*self._by_stratum.items()]},
             requests_by_drafter=dict(self._requests),
+            pass_s=pass_s,
+            draft_s=draft_s,
             traces_offered=self._capture.offered if self._capture else 0,
             traces_dropped=self._capture.dropped if self._capture else 0,
             capture=self._capture is not None,
@@ -360,7 +363,8 @@ class LocalEngine:
         logits, features = self._forward(proposals, rows)
         verified = time.perf_counter()
         if self._drafter:
-            self._depth.costs(len(running), depth, drafted - started, verified - drafted)
+            # By the rows there were: near their ends requests want fewer.
+            self._depth.costs(len(running), rows - 1, drafted - started, verified - drafted)
         best = logits.argmax(-1).tolist() if any(r.kind == "greedy" for r in running) else []
         for b, (request, proposal) in enumerate(zip(running, proposals, strict=True)):
             mine = slice(b * rows, b * rows + 1 + len(proposal))

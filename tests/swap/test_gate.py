@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from livedraft.contracts.messages import ReplayScore
-from livedraft.swap.gate import GateRules, RoundCost, judge
+from livedraft.contracts.messages import EngineStatus, ReplayScore
+from livedraft.swap.gate import GateRules, RoundCost, judge, measured
 from msgspec.structs import replace
 
 
@@ -139,6 +139,24 @@ def test_below_break_even_only_where_the_engine_can_stop_speculating() -> None:
     assert decision.evidence["goodput_over_plain"] == pytest.approx(1.5 / 1.9)
     above = judge(scores([2.0] * 12), live, GateRules(cost=cost, engine_can_stop=False))
     assert above.action == "promote"
+
+
+def test_costs_that_an_engine_measured_replace_the_assumed() -> None:
+    assumed = RoundCost(depth=4, draft=0.1, verify=1.5)
+    status = EngineStatus(
+        engine="e", target="t", target_revision="r", tokenizer_hash="h", context_length=1, drafter="", running=0,
+        drafter_checksum="", waiting=0, output_tokens=0, rounds=0,
+    )  # fmt: skip
+    assert measured(status, assumed) == assumed
+    partly = replace(status, pass_s={1: 0.004, 3: 0.005}, draft_s={2: 0.001})
+    assert measured(partly, assumed) == assumed
+    whole = replace(status, pass_s={1: 0.004, 5: 0.008}, draft_s={4: 0.0032})
+    found = measured(whole, assumed)
+    assert (found.verify, found.draft) == (2.0, pytest.approx(0.2))
+    # breaks even at 2.8, no longer at 1.9
+    rules = GateRules(cost=found, engine_can_stop=False)
+    decision = judge(scores([2.5] * 12), scores([2.2] * 12), rules)
+    assert (decision.action, decision.evidence["break_even"]) == ("reject", pytest.approx(2.8))
 
 
 lengths = st.lists(st.floats(1.0, 5.0), min_size=8, max_size=30)

@@ -91,6 +91,18 @@ def test_depths_tried_in_a_busy_moment_are_tried_again() -> None:
     assert set(run(control, 300, accepted=3)[-50:]) & {3, 4}
 
 
+def test_costs_are_told_of_the_batch_size_served_most_that_knows_both_kinds_of_pass() -> None:
+    control = DepthControl(limit=4, adaptive=True)
+    assert control.measured() == ({}, {})
+    for _ in range(9):
+        control.costs(8, 4, 0.010, 0.020)
+    assert control.measured() == ({5: 0.020}, {4: 0.010})
+    for batch in (1, 2, 2):
+        control.costs(batch, 0, 0.0, 0.004 * batch)
+        control.costs(batch, 4, 0.002 * batch, 0.006 * batch)
+    assert control.measured() == ({1: 0.008, 5: 0.012}, {4: 0.004})
+
+
 def test_a_fixed_depth_is_fixed() -> None:
     assert set(run(DepthControl(limit=3, adaptive=False), 50, accepted=0)) == {3}
 
