@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Requests in a moving average.
 _WINDOW = 20
+#: Sets of instants without a swap that stand for the usual.
+_DRAWS = 21
 _COLOURS = {0.0: "#1f6f8b", 0.7: "#d9822b"}
 
 
@@ -28,18 +32,25 @@ def build(run: Run, comparison: Comparison, version: str, restarts: Sequence[int
         report[f"{temperature:g}"] = _at(run, comparison, temperature)
     kept = [d.evidence["relative_error"] for d in run.decisions if "relative_error" in d.evidence]
     swaps = [d for d in run.decisions if d.action == "promote"]
+    errors = [d.evidence["predicted_error"] for d in swaps if "predicted_error" in d.evidence]
+    gaps = [(a, b) for s in run.served for a, b in itertools.pairwise(s.arrivals)]
+    delay, elsewhere = delays_ms(gaps, [d.evidence.get("applied_at", d.at) for d in swaps])
     report |= {
         "swaps": {
             "applied": len(swaps),
             "rolled_back": sum(d.action == "rollback" for d in run.decisions),
             "rejected": sum(d.action == "reject" for d in run.decisions),
-            "max_token_delay_ms": _max_token_delay_ms(run, [d.at for d in swaps]),
+            "max_token_delay_ms": delay,
+            # The yardstick: how long tokens wait on this machine when nothing is swapped, as often as not.
+            "max_delay_without_swap_ms": elsewhere,
             "max_stall_ms": round(max((d.evidence.get("stall_s", 0.0) for d in swaps), default=0.0) * 1e3, 3),
         },
         "gate": {
             "max_relative_error": round(max(kept, default=0.0), 4),
             "median_relative_error": round(statistics.median(kept), 4) if kept else None,
             "watched": len(kept),
+            # What the gate itself said that its predictions are good to, as a standard error.
+            "median_predicted_error": round(statistics.median(errors), 4) if errors else None,
         },
         "lossless": {"checked": comparison.checked, "mismatches": comparison.mismatches},
         "requests": {"before_shift": run.shifted_at, "after_shift": len(run.served) - run.shifted_at},
@@ -92,14 +103,27 @@ def _moving(served: Sequence[Served]) -> list[float]:
     return line
 
 
-def _max_token_delay_ms(run: Run, swapped: Sequence[float]) -> float | None:
-    """Longest wait for a chunk that spanned a swap, beyond the usual wait (the 95th percentile without one)."""
-    gaps = [(a, b) for s in run.served for a, b in zip(s.arrivals, s.arrivals[1:], strict=False)]
-    around = [b - a for a, b in gaps if any(a <= at <= b for at in swapped)]
-    if not around or len(gaps) < 100:
-        return None
+def delays_ms(gaps: Sequence[tuple[float, float]], swaps: Sequence[float]) -> tuple[float | None, float | None]:
+    """Longest wait for a chunk that spanned a swap, beyond the usual wait (the 95th percentile of all); and the same
+    of as many instants of the same time without a swap within 1 s: the median over ``_DRAWS`` sets of them.
+
+    ``gaps``: (from, to) in Unix seconds; ``swaps``: Unix seconds.
+    """
+    if len(gaps) < 100 or not any(a <= at <= b for a, b in gaps for at in swaps):
+        return None, None
     usual = statistics.quantiles((b - a for a, b in gaps), n=20)[-1]
-    return round(max(0.0, max(around) - usual) * 1e3, 2)
+    longer = [(a, b) for a, b in gaps if b - a > usual]
+
+    def longest(instants: Sequence[float]) -> float:
+        return max((b - a - usual for a, b in longer if any(a <= at <= b for at in instants)), default=0.0) * 1e3
+
+    rng, first, last = random.Random(0), min(swaps), max(b for _, b in gaps)
+    drawn = [rng.uniform(first, last) for _ in range(100 * len(swaps))]
+    calm = [at for at in drawn if all(abs(at - swap) > 1.0 for swap in swaps)]
+    if len(calm) < len(swaps):
+        return round(longest(swaps), 2), None
+    elsewhere = statistics.median(longest(rng.sample(calm, len(swaps))) for _ in range(_DRAWS))
+    return round(longest(swaps), 2), round(elsewhere, 2)
 
 
 def show(report: dict[str, Any], out: Path, registry: str, console: Console) -> None:

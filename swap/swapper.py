@@ -105,7 +105,9 @@ class Swapper:
         except SwapFailed as error:
             self.journal.begin(replace(begun, failure=str(error)))
             raise
-        decision = replace(decision, evidence=decision.evidence | {"stall_s": receipt.stall_s})
+        decision = replace(
+            decision, evidence=decision.evidence | {"stall_s": receipt.stall_s, "applied_at": receipt.applied_at}
+        )
         self.journal.append(decision)
         self.journal.end()
         return decision
