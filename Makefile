@@ -1,4 +1,5 @@
 # The two commands: `make demo` and `make test`.  Both set up what they need first and are quick the second time.
+# `make test-sglang` does the same with SGLang, in an environment of its own.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,7 +8,14 @@ BIN    := $(VENV)/bin
 TORCH_INDEX ?=
 EXTRAS ?= dev
 
-.PHONY: setup demo test lint clean help
+# SGLang pins another torch than ours, so its environment is apart.  What pip fetches for it (1.5 GB) outlives the
+# checkout, in a folder named after all that it depends on.
+SGLANG_VENV  ?= .venv-sglang
+SGLANG_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/livedraft
+SGLANG_KEY   := $(shell { $(PYTHON) -VV; echo "$(TORCH_INDEX)"; cat tests/sglang/requirements.txt; } | sha256sum | cut -c-16)
+SGLANG_PACKAGES := $(SGLANG_CACHE)/sglang-$(SGLANG_KEY)
+
+.PHONY: setup setup-sglang demo test test-sglang lint clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -20,16 +28,33 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
+setup-sglang: $(SGLANG_VENV)/.ready-$(SGLANG_KEY)  ## make the environment with SGLang in it
+
+# Packages are put in place whole, since another checkout may be doing the same.
+$(SGLANG_VENV)/.ready-$(SGLANG_KEY): pyproject.toml
+	$(PYTHON) -m venv --clear $(SGLANG_VENV)
+	test -d $(SGLANG_PACKAGES) || ( \
+	  mkdir -p $(SGLANG_CACHE) && new=$$(mktemp -d -p $(SGLANG_CACHE)) && trap "rm -rf $$new" EXIT && \
+	  $(SGLANG_VENV)/bin/pip install --quiet --target $$new torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) && \
+	  $(SGLANG_VENV)/bin/pip install --quiet --target $$new --upgrade --no-deps --requirement tests/sglang/requirements.txt && \
+	  { mv -T $$new $(SGLANG_PACKAGES) || test -d $(SGLANG_PACKAGES); } )
+	echo $(SGLANG_PACKAGES) > $$($(SGLANG_VENV)/bin/python -c "import site; print(*site.getsitepackages())")/sglang.pth
+	$(SGLANG_VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 demo: setup  ## watch a drafter learn from live traffic (about 10 minutes)
 	$(BIN)/livedraft demo
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
 
+test-sglang: setup-sglang  ## run the tests against SGLang
+	PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m pytest tests/sglang
+
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.typing $(BIN)/mypy --strict $(addprefix -p livedraft.,contracts kernels serving.gateway serving.local serving.sglang swap traces trainer cli benchmarks) && $(BIN)/mypy --strict tests
 
-clean:  ## remove the environment and everything a run wrote
-	rm -rf $(VENV) runs build dist *.egg-info
+clean:  ## remove the environments and everything a run wrote
+	rm -rf $(VENV) $(SGLANG_VENV) runs build dist *.egg-info

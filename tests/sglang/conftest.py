@@ -12,8 +12,11 @@ from livedraft.cli.prompts import held_out_prompts
 from . import drafters
 from .server import Server, Speculation, serving
 
-if find_spec("sglang") is None:
+if find_spec("sglang") is None or find_spec("sgl_kernel") is None:
     raise pytest.UsageError("SGLang is not installed here; `make test-sglang` runs these tests in an environment of it")
+
+#: Tokens of prompt read at once, so that ordinary prompts take several turns.
+CHUNKED = ["--chunked-prefill-size=64"]
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +51,12 @@ def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def chain_server(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[Server]:
     """EAGLE-3 chains of 3 by the trained drafter."""
-    with serving(tmp_path_factory.mktemp("chain"), Speculation(trained_drafter)) as server:
+    with serving(tmp_path_factory.mktemp("chain"), Speculation(trained_drafter), arguments=CHUNKED) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def tree_server(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[Server]:
     """EAGLE-3 trees of 8 nodes by the trained drafter."""
-    with serving(tmp_path_factory.mktemp("tree"), Speculation(trained_drafter, topk=4)) as server:
+    with serving(tmp_path_factory.mktemp("tree"), Speculation(trained_drafter, topk=4), arguments=CHUNKED) as server:
         yield server
