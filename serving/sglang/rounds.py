@@ -1,0 +1,140 @@
+"""What a forward pass leaves for traces: computed where its logits are, copied to the host without waiting.
+
+On an accelerator everything here is queued on the stream of the forward pass, behind it: log-probabilities of the K
+best and their tail are computed there, so that nothing of the vocabulary's size is copied, and two copies go into
+pinned memory, with an event behind them.  Nobody waits for it but the thread that makes traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from livedraft.serving.sglang.recording import Layout, Words
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Logits looked at together: bounds the memory that their copies need (64 MiB).
+_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The target's word on N nodes."""
+
+    ids: Tensor  # [N, K] int64, best first
+    logprobs: Tensor  # [N, K]
+    tail: Tensor  # [N] probability outside
+
+
+def best(logits: Tensor, temperatures: Tensor | None, candidates: int, *, elements: int = _ELEMENTS) -> Best:
+    """logits [N, V]; temperatures [N, 1], None for 1; ``elements`` of the logits are looked at together."""
+    pieces = []
+    for at in range(0, len(logits), step := max(1, elements // logits.shape[1])):
+        scaled = logits[at : at + step].float()
+        if temperatures is not None:
+            scaled = scaled / temperatures[at : at + step]
+        # Only the few are put in order: on a CPU that takes a third of the time.
+        top = scaled.topk(candidates, sorted=False)
+        values, order = top.values.sort(descending=True)
+        logprobs = values - scaled.logsumexp(-1, keepdim=True)
+        pieces.append((top.indices.gather(1, order), logprobs, (1 - logprobs.exp().sum(-1)).clamp_(min=0)))
+    if len(pieces) == 1:
+        return Best(*pieces[0])
+    return Best(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+
+def pack(
+    layout: Layout,
+    word: Best,
+    tokens: Tensor,
+    accepted: Tensor,
+    bonus: Tensor,
+    logprobs: Tensor | None,
+    path: Tensor | None = None,
+    links: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """int32 [B, width] as ``layout`` says, of B requests; ``word`` is on their B * n nodes, in order.
+
+    tokens: [B, n]; accepted, bonus: [B]; logprobs: [B, n - 1]; path: [B, depth], indices into all B * n nodes of
+    the batch; links: first child and next sibling, [B, n] each.
+    """
+    count, n = len(tokens), layout.nodes
+    fields: dict[str, Tensor] = {
+        "tokens": tokens,
+        "accepted": accepted[:, None],
+        "bonus": bonus[:, None],
+        "top_ids": word.ids.view(count, -1),
+        "logprobs": word.tail.new_zeros(count, 0) if logprobs is None else logprobs,
+        "top_logprobs": word.logprobs.view(count, -1),
+        "tail": word.tail.view(count, -1),
+    }
+    if path is not None and links is not None:
+        # Past the accepted path it says -1; those places are never read.
+        fields |= {"path": path % n, "child": links[0], "sibling": links[1]}
+    words = torch.cat([_words(fields[name]) for name, _ in layout.fields], 1)
+    if words.shape[1] != layout.width:
+        raise ValueError(f"a round's tensors make {words.shape[1]} words, expected the {layout.width} of {layout}")
+    return words
+
+
+def _words(values: Tensor) -> Tensor:
+    return values.float().contiguous().view(torch.int32) if values.is_floating_point() else values.int()
+
+
+class Host:
+    """A tensor on its way to host memory: complete once ``arrived`` returns."""
+
+    __slots__ = ("_event", "_tensors")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: Any = None
+        if tensors[0].device.type == "cpu":
+            self._tensors = list(tensors)
+            return
+        self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for there, here in zip(self._tensors, tensors, strict=True):
+            there.copy_(here, non_blocking=True)
+        # Blocking: the thread that waits for it sleeps.
+        self._event = torch.get_device_module(tensors[0].device).Event(blocking=True)
+        self._event.record()
+
+    def arrived(self) -> list[Tensor]:
+        """The tensors; waits for them.  Not for the thread that schedules."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One request's features among those of a pass."""
+
+    first: int
+    rows: int
+    #: Position of the first; None: the round's root, and as many rows are good as tokens were accepted.
+    position: int | None = None
+
+
+class Lifted:
+    """What a pass left of the requests that are recorded: slot j is that of row ``rows[j]`` of its batch."""
+
+    def __init__(
+        self, layout: Layout, rows: Sequence[int], spans: Sequence[Span], words: Tensor, features: Tensor, drafter: str
+    ) -> None:
+        self.layout = layout
+        self.rows = rows
+        self.spans = spans
+        self.drafter = drafter
+        #: Bytes on the host.
+        self.size = 4 * words.numel() + 2 * features.numel()
+        self._host = Host([words, features.bfloat16().view(torch.int16)])
+
+    def arrived(self) -> tuple[Words, NDArray[np.uint16]]:
+        """Words [B, width] and the bits of the features [rows, 3H]; waits for them."""
+        words, features = self._host.arrived()
+        return words.numpy(), features.numpy().view(np.uint16)

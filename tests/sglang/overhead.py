@@ -1,0 +1,78 @@
+"""What capture costs a real SGLang: the same eight requests, plain, untraced and traced, in turn.
+
+    python -m tests.sglang.overhead DRAFTER [--repeats 10] [--topk 1]
+
+Plain is a second server without the plugin, idle while the other one is asked.  On a CPU capture's share of a round
+is computed on the scheduler's core; on a GPU it is queued behind the forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from livedraft.cli.prompts import held_out_prompts
+from livedraft.cli.provenance import provenance
+
+from .relay import Relay
+from .server import Server, Speculation, serving
+
+_TOKENS = 48
+
+
+def main() -> None:
+    """Print medians, and overheads as medians of the pairs with their quartiles, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("drafter", type=Path)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--topk", type=int, default=1)
+    asked = parser.parse_args()
+    speculation = Speculation(asked.drafter, topk=asked.topk)
+    with contextlib.ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        relay = held.enter_context(contextlib.closing(Relay()))
+        where = {"LIVEDRAFT_TRACES__URL": relay.url}
+        ours = held.enter_context(serving(folder, speculation, environment=where, plugins=["livedraft"]))
+        plain = held.enter_context(serving(folder, speculation))
+        kinds = {"plain": (plain, {}), "untraced": (ours, {"traced": False}), "traced": (ours, {})}
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for repeat in range(-1, asked.repeats):  # the first is for warmth
+            for kind in [*kinds][:: 1 if repeat % 2 else -1]:
+                rate = _rate(*kinds[kind])
+                if repeat >= 0:
+                    rates[kind].append(rate)
+    report = {
+        "tokens_per_second": {kind: round(statistics.median(r), 1) for kind, r in rates.items()},
+        "overhead_of_capture": _overhead(rates["untraced"], rates["traced"]),
+        "overhead_in_all": _overhead(rates["plain"], rates["traced"]),
+        "repeats": asked.repeats,
+        "topk": asked.topk,
+        "provenance": provenance(),
+    }
+    json.dump(report, sys.stdout, indent=2)
+
+
+def _rate(server: Server, told: dict[str, Any]) -> float:
+    """Tokens per second of eight requests at once."""
+    params = {"temperature": 0.0, "max_new_tokens": _TOKENS, "ignore_eos": True, "custom_params": {"livedraft": told}}
+    prompts = held_out_prompts()[:8]
+    started = time.perf_counter()
+    answer = server.post("/generate", {"text": prompts, "sampling_params": [params] * len(prompts)})
+    return sum(len(one["output_ids"]) for one in answer) / (time.perf_counter() - started)
+
+
+def _overhead(without: list[float], with_: list[float]) -> dict[str, Any]:
+    pairs = [1 - b / a for a, b in zip(without, with_, strict=True)]
+    quartiles = statistics.quantiles(pairs, n=4)
+    return {"median": round(statistics.median(pairs), 4), "quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)]}
+
+
+if __name__ == "__main__":
+    main()
