@@ -267,6 +267,8 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     traces_offered: int = 0
     traces_dropped: int = 0
     capture: bool = True
+    #: Parts of an engine that switched themselves off, each with why.
+    disabled: dict[str, str] = {}
 
 
 class ReplayScore(Record, frozen=True, kw_only=True):

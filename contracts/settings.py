@@ -64,6 +64,15 @@ class Engine(_Section, frozen=True, kw_only=True):
         return bases
 
 
+class Sglang(_Section, frozen=True, kw_only=True):
+    """The plugin inside SGLang; the file is found by LIVEDRAFT_CONFIG in SGLang's environment."""
+
+    #: Where the engine's administration listens; ``gateway.admin_key`` guards it.
+    admin_host: str = "127.0.0.1"
+    #: 0: SGLang's own port + 1.
+    admin_port: int = 0
+
+
 class Gateway(_Section, frozen=True, kw_only=True):
     """The HTTP endpoint."""
 
@@ -287,6 +296,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     """Everything."""
 
     engine: Engine = Engine()
+    sglang: Sglang = Sglang()
     gateway: Gateway = Gateway()
     traces: Traces = Traces()
     kafka: Kafka = Kafka()

@@ -75,17 +75,6 @@ class Counters(Protocol):
         """Traces that it did not take."""
 
 
-class NoCounters:
-    """Nothing is counted."""
-
-    output_tokens = 0
-    rounds = 0
-    by_drafter: Mapping[str, tuple[int, int]] = {}
-    by_stratum: Mapping[str, Mapping[str, tuple[int, int]]] = {}
-    traces_offered = 0
-    traces_dropped = 0
-
-
 class Part(Protocol):
     """A part of the plugin in one scheduler process; ``feature`` tells whether it works."""
 
@@ -189,6 +178,17 @@ def guarded(hook: Hook, original: Callable[..., Any], *args: Any, **kwargs: Any)
         return call.result if call.made else original(*args, **kwargs)
 
 
+def _chain(hooks: Sequence[Hook]) -> Callable[..., Any]:
+    """``hooks`` around one another, the last outermost."""
+
+    def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for hook in hooks:
+            original = partial(guarded, hook, original)
+        return original(*args, **kwargs)
+
+    return around
+
+
 class Surface:
     """The hooks of this process: ``set`` them while plugins load, ``prove`` them when the scheduler is there.
 
@@ -203,17 +203,21 @@ class Surface:
         self._set: list[tuple[Hook, Any]] = []
 
     def set(self, hooks: Iterable[Hook]) -> None:
-        """Register every hook that fits; those that do not switch their features off."""
+        """Register every hook that fits; those that do not switch their features off.
+
+        Of several on one target the last is the outermost.  SGLang sees one, because it warns of more.
+        """
+        fitting = dict[str, list[tuple[Hook, Any]]]()
         for hook in hooks:
             try:
                 owner, name = resolve(hook.target)
                 check_signature(hook.target, getattr(owner, name), hook.relies_on)
-                before = inspect.getattr_static(owner, name)
-                self._register(hook.target, partial(guarded, hook))
+                fitting.setdefault(hook.target, []).append((hook, inspect.getattr_static(owner, name)))
             except Exception as error:  # whatever importing or inspecting a changed SGLang raises
                 hook.feature.switch_off(f"SGLang {installed()}: {error}")
-            else:
-                self._set.append((hook, before))
+        for target, found in fitting.items():
+            self._register(target, _chain([hook for hook, _ in found]))
+            self._set.extend(found)
 
     def prove(self) -> None:
         """Switch off the features whose hooks SGLang did not set."""
