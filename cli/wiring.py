@@ -62,7 +62,7 @@ def engine_admin(settings: Settings, timeout: float = 5.0) -> EngineAdmin:
     from livedraft.swap.engine_fleet import EngineFleet
 
     key = settings.gateway.admin_key
-    bases = settings.engine.remote or (gateway_url(settings),)
+    bases = [engine.admin for engine in settings.engine.remote] or [gateway_url(settings)]
     engines = [HttpEngineAdmin(base, key, timeout=timeout) for base in bases]
     versions = Path(settings.swap.folder).resolve() / "versions"
     return engines[0] if len(engines) == 1 else EngineFleet(engines, lambda version: versions / version)
@@ -184,7 +184,8 @@ def gateway(settings: Settings, stop: threading.Event) -> None:
     from livedraft.serving.gateway.server import serve as answer
 
     if not (engines := settings.engine.remote):
-        raise SettingsError(f"engine.url is {settings.engine.url!r}, expected http://host:port for `livedraft gateway`")
+        expected = "http://host:port or sglang+http://host:port"
+        raise SettingsError(f"engine.url is {settings.engine.url!r}, expected {expected} for `livedraft gateway`")
     answer(create_proxy(settings.gateway, engines, opted_out=settings.traces.opted_out), settings.gateway, stop)
 
 

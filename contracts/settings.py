@@ -7,12 +7,12 @@ errors: a setting that is silently ignored is a bug that takes a day to find.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from livedraft.contracts.engines import EngineAddress, parse
 from livedraft.contracts.errors import SettingsError
 
 
@@ -23,7 +23,9 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Engine(_Section, frozen=True, kw_only=True):
     """The embedded engine (``local:``) or engines in processes of their own."""
 
-    #: ``local:``, or where gateway and controller find the engines: ``http://host:port[,http://host:port]``.
+    #: ``local:``, or where gateway and controller find the engines: ``http://host:port`` for `livedraft engine`,
+    #: ``sglang+http://host:port[?admin=port]`` for SGLang; several separated by commas.  SGLang's plugin is
+    #: administered on the port after SGLang's, unless ``admin`` names another.
     url: str = "local:"
     #: Where `livedraft engine` keeps the drafter that it starts with while the registry is down.
     folder: str = "runs/live/engine"
@@ -53,15 +55,9 @@ class Engine(_Section, frozen=True, kw_only=True):
     draft_intermediate: int = 0
 
     @property
-    def remote(self) -> tuple[str, ...]:
-        """Base URLs of engines in other processes; none for ``local:``.  Raises SettingsError."""
-        if self.url == "local:":
-            return ()
-        bases = tuple(base.strip().rstrip("/") for base in self.url.split(","))
-        for base in bases:
-            if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", base):
-                raise SettingsError(f"engine.url: {base!r}, expected local: or http://host:port[,http://host:port]")
-        return bases
+    def remote(self) -> tuple[EngineAddress, ...]:
+        """The engines in other processes; none for ``local:``.  Raises SettingsError."""
+        return parse(self.url)
 
 
 class Sglang(_Section, frozen=True, kw_only=True):
@@ -83,9 +79,9 @@ class Gateway(_Section, frozen=True, kw_only=True):
     #: Key for the ``/admin`` routes; none: they answer only to the loopback interface.
     admin_key: str | None = None
     #: Secret that gateway and engines share: an engine takes the tenant from a gateway that sends it, and believes
-    #: nobody else.
+    #: nobody else.  SGLang's `--api-key` is the same secret.
     engine_key: str | None = None
-    #: Seconds between two looks at each engine's ``/readyz``.
+    #: Seconds between two looks at each engine.
     health_s: float = 1.0
     #: Seconds without a byte after which a request to an engine is given up.
     engine_timeout_s: float = 600.0

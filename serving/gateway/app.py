@@ -178,7 +178,7 @@ class Endpoint:
             wanted = generations(
                 asked,
                 prompts,
-                labels(asked, tenant, request.headers, self._opted_out),
+                labels(asked.metadata, tenant, request.headers, self._opted_out),
                 answer_id=answer_id,
                 context_length=self.engine.status().context_length,
                 settings=self._settings,

@@ -8,7 +8,7 @@ import msgspec
 from livedraft.contracts.errors import BadRequest, PromptTooLong
 from livedraft.contracts.messages import Generation, Sampling
 from livedraft.contracts.settings import Gateway
-from livedraft.serving.gateway.schema import Asked, ChatRequest, CompletionRequest, Domain, convert
+from livedraft.serving.gateway.schema import Asked, ChatRequest, CompletionRequest, Domain, Metadata, convert
 
 DOMAIN_HEADER = "x-livedraft-domain"
 TRACE_HEADER = "x-livedraft-trace"
@@ -25,12 +25,12 @@ class Labels(msgspec.Struct, frozen=True):
     traced: bool
 
 
-def labels(asked: Asked, tenant: str, headers: Mapping[str, str], opted_out: Collection[str]) -> Labels:
+def labels(metadata: Metadata | None, tenant: str, headers: Mapping[str, str], opted_out: Collection[str]) -> Labels:
     """Labels of a request; its own ``metadata.domain`` goes before the header, which a proxy may have set.
 
-    Not traced: requests that say so and those of ``opted_out`` tenants.
+    Not traced: requests that say so and those of ``opted_out`` tenants.  Raises BadRequest for an unusable domain.
     """
-    domain = asked.metadata.domain if asked.metadata else None
+    domain = metadata.domain if metadata else None
     if domain is None and DOMAIN_HEADER in headers:
         domain = convert(headers[DOMAIN_HEADER], Domain, DOMAIN_HEADER)
     asks_not_to = headers.get(TRACE_HEADER, "on").strip().lower() in {"off", "0", "false"}

@@ -6,6 +6,9 @@ A client's key ends here.  Engines get the tenant in ``X-Livedraft-Tenant`` toge
 secret that makes them believe it; the same header from a client is dropped.  What a tenant opted out of is also said
 in ``X-Livedraft-Trace``, which engines honour from everybody because it can only take away.  ``/admin`` is not
 routed: drafters are swapped by the controller, at the engine.
+
+SGLang hears and says the same in words of its own, see ``sglang``; of it only OpenAI's routes above and the models
+are passed on.
 """
 
 from __future__ import annotations
@@ -22,16 +25,19 @@ import httpx
 import msgspec
 from fastapi import FastAPI, Request, Response
 from livedraft.contracts import metrics as names
+from livedraft.contracts.engines import EngineAddress
 from livedraft.contracts.errors import BadRequest, EngineUnavailable, LivedraftError, NotFound, Overloaded
 from livedraft.contracts.settings import Gateway
 from livedraft.serving.gateway import errors
 from livedraft.serving.gateway.errors import error_body
+from livedraft.serving.gateway.exchange import AsItIs, ClientRequest, Exchange, Headers, Refused
 from livedraft.serving.gateway.generations import TRACE_HEADER
 from livedraft.serving.gateway.keys import TENANT_HEADER, load_keys
 from livedraft.serving.gateway.limits import BodyLimit
 from livedraft.serving.gateway.metrics import HttpMetrics, Observed
 from livedraft.serving.gateway.replicas import Replica, ReplicaCollector, Replicas
 from livedraft.serving.gateway.schema import decode
+from livedraft.serving.gateway.sglang import SglangExchange
 from livedraft.serving.gateway.stream import while_connected
 from livedraft.serving.gateway.traffic import Traffic
 from prometheus_client import Counter
@@ -74,17 +80,15 @@ _ENDS_HERE = _HOP_BY_HOP | {
 #: What our own server says.
 _OURS = _HOP_BY_HOP | {"content-length", "date", "server"}
 
-Headers = list[tuple[bytes, bytes]]
-
 
 def create_proxy(
     settings: Gateway,
-    engines: Sequence[str],
+    engines: Sequence[EngineAddress],
     *,
     opted_out: Collection[str] = (),
     environ: Mapping[str, str] = os.environ,
 ) -> FastAPI:
-    """The endpoint in front of the engines at the base URLs ``engines``.
+    """The endpoint in front of ``engines``.
 
     ``opted_out`` are the tenants whose requests are never traced.  Raises SettingsError for an unusable file of keys.
     """
@@ -117,11 +121,15 @@ class Proxy:
     """The routes and what they need."""
 
     def __init__(
-        self, settings: Gateway, engines: Sequence[str], opted_out: Collection[str], environ: Mapping[str, str]
+        self,
+        settings: Gateway,
+        engines: Sequence[EngineAddress],
+        opted_out: Collection[str],
+        environ: Mapping[str, str],
     ) -> None:
         self.traffic = Traffic()
         self.metrics = HttpMetrics()
-        self.replicas = Replicas(engines)
+        self.replicas = Replicas(engines, settings.admin_key)
         self.metrics.registry.register(ReplicaCollector(self.replicas))
         self.retries = Counter(
             names.RETRIES, "Requests given to a second engine because the first failed.", registry=self.metrics.registry
@@ -194,11 +202,11 @@ class Proxy:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self.metrics.registry), headers={"content-type": content_type})
 
-    def build(self, replica: Replica, method: str, target: bytes, headers: Headers, body: bytes) -> httpx.Request:
+    def build(self, replica: Replica, asked: ClientRequest) -> httpx.Request:
         """The request as ``replica`` gets it."""
         assert self._client is not None
-        url = httpx.URL(replica.base).copy_with(raw_path=target)
-        return self._client.build_request(method, url, headers=headers, content=body)
+        url = httpx.URL(replica.base).copy_with(raw_path=asked.target)
+        return self._client.build_request(asked.method, url, headers=asked.headers, content=asked.body)
 
     async def send(self, request: httpx.Request) -> httpx.Response:
         """Its answer, unread.  Raises httpx.TransportError."""
@@ -215,8 +223,18 @@ class Proxy:
             target: bytes = request.scope["raw_path"]
             if query := request.scope["query_string"]:
                 target += b"?" + query
-            headers = self._headers(request, tenant)
-            return Forwarded(self, request.method, target, headers, body, held.pop_all())
+            asked = ClientRequest(
+                method=request.method,
+                path=request.scope["path"],
+                target=target,
+                headers=self._headers(request, tenant),
+                body=body,
+                request_id=request.state.request_id,
+                tenant=tenant,
+                opted_out=self._opted_out,
+                said=request.headers,
+            )
+            return Forwarded(self, asked, held.pop_all())
 
     def _check_limits(self, body: bytes) -> None:
         """Raises BadRequest naming field and limit."""
@@ -247,12 +265,10 @@ class Forwarded(Response):
     but a trace.  One that fails in mid-stream ends the stream with an error event, never with half an event.
     """
 
-    def __init__(
-        self, proxy: Proxy, method: str, target: bytes, headers: Headers, body: bytes, held: ExitStack
-    ) -> None:
+    def __init__(self, proxy: Proxy, asked: ClientRequest, held: ExitStack) -> None:
         super().__init__()
         self._proxy = proxy
-        self._asked = (method, target, headers, body)
+        self._asked = asked
         self._held = held
         self._started = False
 
@@ -302,24 +318,38 @@ class Forwarded(Response):
 
     async def _from(self, replica: Replica, send: Send, *, unless_full: bool) -> bool:
         """Pass on the answer of one engine; False when it had no place, which another may have."""
-        answer = await self._proxy.send(self._proxy.build(replica, *self._asked))
+        exchange = _exchange(self._asked, replica)
+        answer = await self._proxy.send(self._proxy.build(replica, exchange.asked))
         try:
-            if answer.status_code == 503 and unless_full:
-                return False
-            headers = _without(_OURS, answer.headers.raw)
-            if answer.headers.get("content-type", "").startswith("text/event-stream"):
-                await self._start(answer.status_code, headers, send)
-                async for events in whole_events(answer.aiter_raw()):
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
-                body = b""
-            else:  # read in full first, so that another engine may still take over
-                body = b"".join([piece async for piece in answer.aiter_raw()])
-                headers.append((b"content-length", b"%d" % len(body)))
-                await self._start(answer.status_code, headers, send)
+            status, headers = answer.status_code, _without(_OURS, answer.headers.raw)
+            try:
+                if answer.headers.get("content-type", "").startswith("text/event-stream"):
+                    await self._stream(status, headers, exchange.events(whole_events(answer.aiter_raw())), send)
+                    return True
+                # Read in full first, so that another engine may still take over.
+                status, body = exchange.whole(status, b"".join([piece async for piece in answer.aiter_raw()]))
+            except Refused as refused:
+                status, body = refused.status, refused.body
+                headers = [*_without({"content-type"}, headers), (b"content-type", b"application/json")]
+            if status == Overloaded.status:
+                if unless_full:
+                    return False
+                headers = [*_without({"retry-after"}, headers), (b"retry-after", b"1")]
+            headers.append((b"content-length", b"%d" % len(body)))
+            await self._start(status, headers, send)
             await send({"type": "http.response.body", "body": body, "more_body": False})
             return True
         finally:
             await answer.aclose()
+
+    async def _stream(self, status: int, headers: Headers, events: AsyncIterator[bytes], send: Send) -> None:
+        """Pass on events as they come.  Raises Refused before anything has gone out."""
+        first = await anext(events, b"")
+        await self._start(status, headers, send)
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        async for following in events:
+            await send({"type": "http.response.body", "body": following, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _start(self, status: int, headers: Headers, send: Send) -> None:
         self._started = True
@@ -332,6 +362,10 @@ class Forwarded(Response):
         event = b"data: " + msgspec.json.encode(error_body(error)) + b"\n\n"
         with suppress(OSError):
             await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _exchange(asked: ClientRequest, replica: Replica) -> Exchange:
+    return SglangExchange(asked, replica) if replica.address.kind == "sglang" else AsItIs(asked)
 
 
 async def whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

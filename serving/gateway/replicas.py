@@ -1,15 +1,23 @@
-"""The engines behind a gateway: which of them answer, and which of those has least to do."""
+"""The engines behind a gateway: which of them answer, which of those has least to do, and what SGLang drafts with.
+
+Our own engine is asked at ``/readyz``.  SGLang is asked at ``/ready``, or at ``/health`` where it is too old to have
+that: its ``/health`` generates a token and takes a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
 import httpx
+import msgspec
 from livedraft.contracts import metrics as names
+from livedraft.contracts.engines import EngineAddress
+from livedraft.serving.gateway.sglang import Drafting
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -23,13 +31,22 @@ _PROBE_S = 2.0
 class Replica:
     """One engine, as far as the gateway knows.  Belongs to the event loop's thread."""
 
-    def __init__(self, base: str) -> None:
-        self.base = base
+    def __init__(self, address: EngineAddress) -> None:
+        self.address = address
+        self.probe = "/ready" if address.kind == "sglang" else "/readyz"
         self.ready = False
+        #: What it said last of its drafter; None where it does not tell.
+        self.drafting: Drafting | None = None
+        self.drafting_asked = False
         self.in_flight = 0
         #: Number of the request it was given last; the one idle longest is next among equals.
         self.last = 0
         self._said = ""
+
+    @property
+    def base(self) -> str:
+        """Base URL, also its name."""
+        return self.address.base
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -48,15 +65,16 @@ class Replica:
 
 
 class Replicas:
-    """All of them.
+    """All of them; ``admin_key`` opens SGLang's plugin.
 
     asyncio.create_task(replicas.watch(client, every_s=1.0))
     if replica := replicas.choose():
         with replica.busy(): ...
     """
 
-    def __init__(self, bases: Sequence[str]) -> None:
-        self.all = [Replica(base) for base in bases]
+    def __init__(self, addresses: Sequence[EngineAddress], admin_key: str | None = None) -> None:
+        self.all = [Replica(address) for address in addresses]
+        self._admin = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         self._number = count(1)
 
     def ready(self, but: Collection[Replica] = ()) -> list[Replica]:
@@ -78,16 +96,43 @@ class Replicas:
             await asyncio.sleep(every_s)
 
     async def look(self, client: httpx.AsyncClient) -> None:
-        """Ask each whether it is ready."""
-        await asyncio.gather(*(self._ask(replica, client) for replica in self.all))
+        """Ask each whether it is ready, and SGLang's plugin what it drafts with."""
+        drafting = [replica for replica in self.all if replica.address.kind == "sglang"]
+        await asyncio.gather(
+            *(self._ask(replica, client) for replica in self.all),
+            *(self._ask_drafting(replica, client) for replica in drafting),
+        )
 
     async def _ask(self, replica: Replica, client: httpx.AsyncClient) -> None:
         try:
-            answer = await client.get(f"{replica.base}/readyz", timeout=_PROBE_S)
+            answer = await client.get(replica.base + replica.probe, timeout=_PROBE_S)
+            if answer.status_code == 404 and replica.probe == "/ready":
+                replica.probe = "/health"
+                answer = await client.get(replica.base + replica.probe, timeout=_PROBE_S)
         except (httpx.HTTPError, OSError) as error:
             replica.found(False, f"unreachable: {error or type(error).__name__}")
         else:
             replica.found(answer.is_success, f"not ready: {answer.status_code}")
+
+    async def _ask_drafting(self, replica: Replica, client: httpx.AsyncClient) -> None:
+        url = replica.address.admin + "/admin/status"
+        try:
+            answer = await client.get(url, headers=self._admin, timeout=_PROBE_S)
+            answer.raise_for_status()
+            found = msgspec.json.decode(answer.content, type=_Status)
+        except (httpx.HTTPError, OSError, msgspec.DecodeError) as error:
+            if replica.drafting is not None or not replica.drafting_asked:
+                log.info("%s does not tell its drafter's version: %s", replica.base, error or type(error).__name__)
+            replica.drafting = None
+        else:
+            replica.drafting = Drafting(drafter=found.drafter, as_of=round(time.time(), 3))
+        replica.drafting_asked = True
+
+
+class _Status(msgspec.Struct):
+    """An EngineStatus, as far as we read it."""
+
+    drafter: str
 
 
 class ReplicaCollector(Collector):

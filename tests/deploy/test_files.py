@@ -97,7 +97,7 @@ def test_the_engine_reads_what_the_controller_writes(composed: dict[str, Any], s
 
 
 def test_addresses_in_the_settings_are_services_that_listen(composed: dict[str, Any], settings: Settings) -> None:
-    addresses = {settings.traces.url, settings.registry.url, *settings.engine.remote}
+    addresses = {settings.traces.url, settings.registry.url, *(engine.base for engine in settings.engine.remote)}
     addresses.add(composed["services"]["engine"]["environment"]["LIVEDRAFT_TRACES__URL"])
     for address in addresses:
         host, port = address.split("://")[1].split(":")

@@ -118,27 +118,27 @@ def test_one_prompt_too_long_refuses_all() -> None:
 
 @pytest.mark.parametrize("value", ["off", "OFF", "0", "false", " off "])
 def test_a_request_can_opt_out_of_traces(value: str) -> None:
-    assert not labels(chat(), "t", {"x-livedraft-trace": value}, ()).traced
+    assert not labels(chat().metadata, "t", {"x-livedraft-trace": value}, ()).traced
 
 
 @pytest.mark.parametrize("headers", [{}, {"x-livedraft-trace": "on"}, {"x-livedraft-trace": "1"}])
 def test_otherwise_it_is_traced_unless_its_tenant_opted_out(headers: dict[str, str]) -> None:
-    assert labels(chat(), "t", headers, {"u"}).traced
-    assert not labels(chat(), "t", headers, {"t"}).traced
+    assert labels(chat().metadata, "t", headers, {"u"}).traced
+    assert not labels(chat().metadata, "t", headers, {"t"}).traced
 
 
 def test_the_domain_comes_from_the_request_or_else_the_header() -> None:
     header = {"x-livedraft-domain": "code/python"}
-    assert labels(chat(), "t", {}, ()).domain == "default"
-    assert labels(chat(), "t", header, ()).domain == "code/python"
-    assert labels(chat(metadata={"domain": "prose"}), "t", header, ()).domain == "prose"
-    assert labels(chat(metadata={"ticket": "1"}), "t", header, ()).domain == "code/python"
+    assert labels(chat().metadata, "t", {}, ()).domain == "default"
+    assert labels(chat().metadata, "t", header, ()).domain == "code/python"
+    assert labels(chat(metadata={"domain": "prose"}).metadata, "t", header, ()).domain == "prose"
+    assert labels(chat(metadata={"ticket": "1"}).metadata, "t", header, ()).domain == "code/python"
 
 
 @pytest.mark.parametrize("domain", ["", "a b", "x" * 65, "a\n"])
 def test_a_bad_domain_header_is_named(domain: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        labels(chat(), "t", {"x-livedraft-domain": domain}, ())
+        labels(chat().metadata, "t", {"x-livedraft-domain": domain}, ())
     assert caught.value.field == "x-livedraft-domain"
 
 
