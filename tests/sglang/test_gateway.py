@@ -1,0 +1,177 @@
+"""The gateway in front of real SGLang servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from livedraft.contracts.engines import parse
+from livedraft.contracts.settings import Gateway
+from livedraft.serving.gateway.proxy import Proxy, create_proxy
+from livedraft.serving.gateway.server import running
+
+from .server import Server, serving
+
+MODEL = "livedraft-tiny"
+HELLO: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello there"}], "temperature": 0}
+UPON: dict[str, Any] = {"model": MODEL, "prompt": "In the beginning", "temperature": 0, "max_tokens": 24}
+#: Takes seconds.
+LONG = HELLO | {"max_tokens": 900, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Without speculation; its log has every request's sampling parameters."""
+    arguments = ["--log-requests", "--log-requests-level=1", f"--served-model-name={MODEL}"]
+    with serving(tmp_path_factory.mktemp("talkative"), arguments=arguments) as server:
+        yield server
+
+
+@contextmanager
+def gateway(*servers: Server, environ: dict[str, str] | None = None) -> Iterator[tuple[httpx.Client, Proxy]]:
+    settings = Gateway(port=0, health_s=0.2)
+    app = create_proxy(
+        settings,
+        parse(",".join(f"sglang+{server.url}" for server in servers)),
+        environ=environ or {},
+        opted_out=["shy"],
+    )
+    with running(app, settings) as listening, httpx.Client(base_url=listening.url, timeout=120) as http:
+        proxy: Proxy = app.state.endpoint
+        eventually(lambda: len(proxy.replicas.ready()) == len(servers))
+        yield http, proxy
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 30) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, f"did not happen within {within_s} s"
+        time.sleep(0.05)
+
+
+def client_of(http: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+
+
+def extension_of(answer: Any) -> dict[str, Any]:
+    assert answer.usage.model_extra is not None
+    extension: dict[str, Any] = answer.usage.model_extra["livedraft"]
+    return extension
+
+
+def test_the_official_client_gets_what_sglang_says_and_how_it_was_speculated(chain_server: Server) -> None:
+    with gateway(chain_server) as (http, _), client_of(http) as client:
+        ask = HELLO | {"max_tokens": 24}
+        direct = chain_server.post("/v1/chat/completions", ask | {"return_spec_tokens_details": True})
+        whole = client.chat.completions.create(**ask)
+        streamed = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+        text = direct["choices"][0]["message"]["content"]
+        assert whole.choices[0].message.content == text
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == text
+        rounds = direct["sglext"]["spec_tokens_details"]["spec_verify_ct"]
+        expected = {"accept_length": (direct["usage"]["completion_tokens"] - 1) / rounds, "verify_rounds": rounds}
+        assert extension_of(whole) == extension_of(streamed[-1]) == expected  # no plugin, no version
+        assert whole.id.startswith("chatcmpl-")
+        assert {chunk.id for chunk in streamed} == {streamed[0].id}
+
+
+def test_completions_and_several_choices(chain_server: Server) -> None:
+    with gateway(chain_server) as (http, _), client_of(http) as client:
+        whole = client.completions.create(**UPON)
+        streamed = list(client.completions.create(**UPON, stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
+        assert extension_of(whole) == extension_of(streamed[-1])
+        twice = client.completions.create(**UPON, n=2)
+        one = extension_of(whole)
+        assert extension_of(twice) == one | {"verify_rounds": 2 * one["verify_rounds"]}
+        several = client.completions.create(**UPON | {"prompt": ["In the beginning", "def main"]})
+        assert len(several.choices) == 2
+        assert several.usage is not None
+        assert "livedraft" not in (several.usage.model_extra or {})
+
+
+def test_errors_are_openais(chain_server: Server) -> None:
+    with gateway(chain_server) as (http, _), client_of(http) as client:
+        with pytest.raises(openai.BadRequestError, match="temperature") as bad:
+            client.chat.completions.create(**HELLO | {"temperature": -1})
+        assert bad.value.type == "invalid_request_error"
+        with pytest.raises(openai.BadRequestError, match="top_p") as typed:
+            client.chat.completions.create(**HELLO | {"top_p": "much"})
+        assert typed.value.param == "top_p"
+        with pytest.raises(openai.BadRequestError) as long:
+            client.completions.create(**UPON | {"prompt": "a b " * 2000})
+        assert long.value.code == "context_length_exceeded"
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.models.retrieve("nothing")
+        assert unknown.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_labels_and_id_reach_sglangs_sampling_parameters(talkative: Server, path: str, stream: bool) -> None:
+    with gateway(talkative, environ={"LIVEDRAFT_API_KEYS": "sk-a:acme,sk-s:shy"}) as (http, _):
+        for key, traced in (("sk-a", True), ("sk-s", False)):
+            body = (HELLO if "chat" in path else UPON) | {
+                "max_tokens": 3,
+                "stream": stream,
+                "custom_params": {"livedraft": {"tenant": "other"}, "mine": 3},
+            }
+            headers = {"authorization": f"Bearer {key}", "x-livedraft-domain": "poetry"}
+            answer = http.post(path, json=body, headers=headers)
+            assert answer.status_code == 200
+            prefix = "chatcmpl-" if "chat" in path else "cmpl-"
+            rid = prefix + answer.headers["x-request-id"]
+            tenant = {"sk-a": "acme", "sk-s": "shy"}[key]
+            labels = {"livedraft": {"tenant": tenant, "domain": "poetry", "traced": traced}, "mine": 3}
+            eventually(lambda rid=rid, labels=labels: _logged(talkative, rid, labels))  # type: ignore[misc]
+
+
+def _logged(server: Server, rid: str, labels: dict[str, Any]) -> bool:
+    """Whether SGLang logged the request with these labels among its sampling parameters."""
+    return any(rid in line and f"'custom_params': {labels!r}" in line for line in server.log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(chain_server: Server, stream: bool) -> None:
+    def decoding() -> int:
+        [load] = chain_server.get("/v1/loads")["loads"]
+        return int(load["num_running_reqs"])
+
+    with gateway(chain_server) as (http, proxy):
+        with httpx.Client(base_url=http.base_url, timeout=0.5 if not stream else 60) as leaving:
+            try:
+                with leaving.stream("POST", "/v1/chat/completions", json=LONG | {"stream": stream}) as answer:
+                    next(answer.iter_raw())
+                    assert decoding() == 1
+            except httpx.ReadTimeout:
+                assert decoding() == 1
+        eventually(lambda: proxy.traffic.in_flight == 0, within_s=5)
+        eventually(lambda: decoding() == 0)  # SGLang looks for clients of unstreamed answers every few seconds
+        assert http.post("/v1/completions", json=UPON).status_code == 200
+
+
+def test_a_replica_killed_in_mid_stream_ends_that_stream_and_the_next_goes_elsewhere(
+    tmp_path: Path, chain_server: Server
+) -> None:
+    with serving(tmp_path) as doomed, gateway(doomed, chain_server) as (http, _):
+        received = ""
+        with http.stream("POST", "/v1/chat/completions", json=LONG | {"stream": True}) as answer:
+            for piece in answer.iter_text():
+                received += piece
+                if received.count("data: ") == 5:
+                    os.killpg(doomed.process.pid, signal.SIGKILL)
+        last = json.loads(received.strip().split("\n\n")[-1].removeprefix("data: "))
+        assert last["error"]["code"] == "engine_unavailable"
+        assert "[DONE]" not in received
+        answers = [http.post("/v1/completions", json=UPON) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert all(answer.json()["usage"]["livedraft"]["verify_rounds"] > 0 for answer in answers)
