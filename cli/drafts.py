@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from livedraft.cli import new_drafts
 from livedraft.cli.console import (
     ConfigOption,
     JsonOption,
@@ -27,7 +27,12 @@ from rich.text import Text
 if TYPE_CHECKING:
     from livedraft.swap.swapper import Swapper
 
-app = typer.Typer(no_args_is_help=True, help="The versions of the drafter: look at them, swap between them by hand.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The drafter and its versions: make or import the first, look at them, swap between them by hand.",
+)
+app.command("init")(new_drafts.init)
+app.command("import")(new_drafts.import_published)
 
 #: Where a version's accept length was written down, by the gate that predicted it and the watch that saw it.
 _PREDICTED = ("promote/predicted_accept_length", "reject/predicted_accept_length")
@@ -188,10 +193,9 @@ def _registry(settings: Settings) -> Registry:
 
 
 def _swapper(settings: Settings, registry: Registry) -> Swapper:
-    from livedraft.cli.wiring import engine_admin
-    from livedraft.swap.swapper import Swapper
+    from livedraft.cli.wiring import swapper
 
-    return Swapper(registry, engine_admin(settings), Path(settings.swap.folder))
+    return swapper(settings, registry)
 
 
 def _live(registry: Registry) -> str:

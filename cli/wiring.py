@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from livedraft.cli.announcing import AnnouncingRegistry
 from livedraft.cli.wiring_registry import open_registry
-from livedraft.contracts.errors import RegistryUnavailable, SettingsError
+from livedraft.contracts.errors import DrafterRejected, RegistryUnavailable, SettingsError
 from livedraft.contracts.messages import DrafterVersion, Manifest, SwapRequest
 from livedraft.contracts.ports import EngineAdmin, Registry, TraceSink
 from livedraft.contracts.settings import Engine as EngineSettings
@@ -23,6 +23,8 @@ from livedraft.traces.redaction import NoRedaction, PatternRedaction, Redactor
 from livedraft.traces.urls import open_announcements, open_sink, open_source
 
 if TYPE_CHECKING:
+    import numpy as np
+    from livedraft.contracts.checkpoint import DrafterConfig
     from livedraft.serving.local.engine import LocalEngine
     from livedraft.traces.relay_sink import RelaySink
     from livedraft.traces.sink import QueuedSink
@@ -82,12 +84,13 @@ def once_answered(ask: Callable[[], T], stop: threading.Event) -> T | None:
     return None
 
 
-def write_fresh_drafter(engine: EngineSettings, folder: Path, seed: int) -> None:
-    """Write a drafter that knows nothing of the target but its head."""
+def write_fresh_drafter(
+    engine: EngineSettings, folder: Path, seed: int, kept: np.ndarray | None = None
+) -> tuple[DrafterConfig, Manifest]:
+    """Write a drafter that knows nothing of the target but its head; ``kept`` as ``Drafter.fresh``."""
     import torch
     from livedraft.contracts import checkpoint
     from livedraft.serving.local import place
-    from livedraft.serving.local.text import Text
     from livedraft.trainer.model import Drafter
     from livedraft.trainer.target import fresh_config, read_target
 
@@ -95,21 +98,38 @@ def write_fresh_drafter(engine: EngineSettings, folder: Path, seed: int) -> None
     target = read_target(folder_of_target)
     config = fresh_config(target, intermediate_size=engine.draft_intermediate, draft_vocab=engine.draft_vocab)
     with torch.random.fork_rng():
-        drafter = Drafter.fresh(target, config, seed=seed)
-    manifest = Manifest(
+        drafter = Drafter.fresh(target, config, seed=seed, kept=None if kept is None else torch.from_numpy(kept))
+    return config, checkpoint.write(folder, config, drafter.to_arrays(), describe(engine, folder_of_target))
+
+
+def describe(engine: EngineSettings, folder_of_target: Path) -> Manifest:
+    """The manifest of a drafter for the target of ``engine`` that nobody trained here."""
+    from livedraft.serving.local import place
+    from livedraft.serving.local.text import Text
+
+    return Manifest(
         tensors={},
         target=place.name(engine.target),
         target_revision=place.revision(folder_of_target),
         tokenizer_hash=Text(folder_of_target).hash,
     )
-    checkpoint.write(folder, config, drafter.to_arrays(), manifest)
 
 
 def day_0(settings: Settings, beside: Path | None = None) -> Path:
-    """Folder of the drafter that everything begins with; written once.
+    """Folder of the drafter that everything begins with: ``engine.drafter`` or, written once, a fresh one.
 
-    It depends on target, settings and seed alone: processes that share no disk each write the same one.
+    A fresh one depends on target, settings and seed alone: processes that share no disk each write the same one.
+    Raises SettingsError when ``engine.drafter`` cannot be used.
     """
+    if settings.engine.drafter:
+        from livedraft.contracts import checkpoint
+
+        folder = Path(settings.engine.drafter).resolve()
+        try:
+            checkpoint.verify(folder)
+        except DrafterRejected as error:
+            raise SettingsError(f"engine.drafter: {folder}: {error}") from error
+        return folder
     folder = (beside or Path(settings.trainer.folder)).resolve() / DAY_0
     if not folder.exists():
         write_fresh_drafter(settings.engine, folder, settings.trainer.seed)

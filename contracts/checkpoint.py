@@ -28,8 +28,8 @@ from livedraft.contracts.messages import Manifest
 
 #: Floating types: unsigned integers of their width, and the exponent bits that are all set in NaN and infinity.
 _SAFETENSORS_TYPES = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
-_OTHER_TYPES = {"I64": "<i8", "BOOL": "|b1"}
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1}
+_OTHER_TYPES = {"I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 T = TypeVar("T")
 
@@ -225,16 +225,20 @@ def read_tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], memoryview
 
 def load(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a verified folder: float32 weights (whatever they were stored as), int64 d2t, bool t2d."""
-    arrays: dict[str, np.ndarray] = {}
-    for name, (dtype, shape, data) in read_tensors(folder / "model.safetensors").items():
-        if dtype == "BF16":
-            flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif dtype == "F16":
-            flat = np.frombuffer(data, "<f2").astype("<f4")
-        else:
-            flat = np.frombuffer(data, _OTHER_TYPES.get(dtype, "<f4")).copy()
-        arrays[name] = flat.reshape(shape)
-    return arrays
+    return {name: to_array(*stored) for name, stored in read_tensors(folder / "model.safetensors").items()}
+
+
+def to_array(dtype: str, shape: tuple[int, ...], data: memoryview) -> np.ndarray:
+    """What ``read_tensors`` found, as a copy; floating point becomes float32.  Raises DrafterRejected."""
+    if dtype == "BF16":
+        flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    elif dtype == "F16":
+        flat = np.frombuffer(data, "<f2").astype("<f4")
+    elif stored := {"F32": "<f4", **_OTHER_TYPES}.get(dtype):
+        flat = np.frombuffer(data, stored).copy()
+    else:
+        raise DrafterRejected(f"a tensor of type {dtype}, expected one of {', '.join(_BYTES)}")
+    return flat.reshape(shape)
 
 
 def _decode(path: Path, kind: type[T]) -> T:

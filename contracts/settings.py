@@ -31,6 +31,9 @@ class Engine(_Section, frozen=True, kw_only=True):
     folder: str = "runs/live/engine"
     #: Folder or Hugging Face id of the target; "bundled" is the one that ships with the project.
     target: str = "bundled"
+    #: Folder of the drafter to begin with, which SGLang is started with, too; "": a fresh one is written.  See
+    #: `livedraft drafts init` and `livedraft drafts import`.
+    drafter: str = ""
     #: Requests decoded together.
     max_running: int = 8
     #: Requests waiting before new ones are refused with 503.

@@ -12,6 +12,16 @@ from livedraft.contracts.checkpoint import DrafterConfig
 from livedraft.contracts.errors import SettingsError
 from torch import Tensor
 
+#: What a config must say for a drafter to take its shapes from it.
+_SHAPING = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -41,10 +51,16 @@ def read_target(folder: Path) -> Target:
 
     Raises SettingsError naming the missing file or tensor.
     """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"target {folder}: {error}") from error
+    config = _read_config(folder)
+    if missing := [name for name in _SHAPING if name not in config]:
+        kind = config.get("model_type")
+        raise SettingsError(f"target {folder}: config.json has no {missing[0]}; model_type {kind} is no Llama or Qwen")
+    if config["num_hidden_layers"] < 4:
+        raise SettingsError(
+            f"target {folder}: {config['num_hidden_layers']} layers, a drafter reads three of at least 4"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise SettingsError(f"target {folder}: holds no .safetensors file; other formats are not read")
     embedding = _tensor(folder, "model.embed_tokens.weight")
     tied = config.get("tie_word_embeddings", False)
     return Target(
@@ -76,6 +92,26 @@ def fresh_config(target: Target, *, intermediate_size: int = 0, draft_vocab: int
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
     )
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Ids that end the target's output, by generation_config.json or config.json.  Raises SettingsError."""
+    path = folder / "generation_config.json"
+    found = (_read_json(path) if path.exists() else {}).get("eos_token_id") or _read_config(folder).get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    return tuple(token for token in ids if isinstance(token, int))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"target {path.parent}: {path.name}: {error}") from error
 
 
 def _tensor(folder: Path, name: str) -> Tensor:

@@ -12,6 +12,11 @@ def find(name: str) -> Path:
     """Folder of a target: "bundled", a path, or a Hugging Face id (downloaded when absent from its cache)."""
     if name == "bundled":
         return Path(__file__).parents[2] / "models" / "tiny"
+    return fetch(name, "target")
+
+
+def fetch(name: str, field: str) -> Path:
+    """Folder of a path or a Hugging Face id.  Raises BadRequest in terms of ``field``."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -21,7 +26,7 @@ def find(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BadRequest(
-            f"{name!r} is neither a folder nor a Hugging Face id that can be fetched: {error}", field="target"
+            f"{name!r} is neither a folder nor a Hugging Face id that can be fetched: {error}", field=field
         ) from error
 
 

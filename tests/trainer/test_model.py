@@ -76,8 +76,8 @@ def test_a_sharded_untied_target(target: Target, tmp_path: Path) -> None:
     assert fresh_config(found).rope_theta == 5e5
 
 
-def test_a_target_without_the_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+def test_a_target_without_the_tensor_is_refused_by_name(target: Target, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(target.config))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(SettingsError, match=r"model\.embed_tokens\.weight"):
         read_target(tmp_path)
