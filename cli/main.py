@@ -84,7 +84,8 @@ def gateway(config: ConfigOption = None) -> None:
 
     Checks keys, tenants and limits, then passes /v1 on to the ready engine with the fewest requests in flight.  One
     that fails before a byte of its answer has gone out is replaced by another, once.  A client that leaves cancels
-    its request.  Engines learn the tenant if they have the same gateway.engine_key.
+    its request.  Engines learn the tenant if they have the same gateway.engine_key.  SGLang stands behind it, too, with
+    that as its --api-key: engine.url = "sglang+http://host:30000".
 
     On SIGTERM /readyz says 503 and requests that run get gateway.drain_s seconds.
 
@@ -149,7 +150,8 @@ def trainer(config: ConfigOption = None, target: TargetOption = "") -> None:
 def controller(config: ConfigOption = None, target: TargetOption = "") -> None:
     """Judge candidates, swap proven ones into the engine, watch, keep or roll back, until SIGTERM.
 
-    The engines are those of engine.url, swapped as one; they must be able to read swap.folder under the same path.
+    The engines are those of engine.url, swapped as one, one after the other; they must be able to read swap.folder
+    under the same path.  SGLang that was restarted, and so begins with its first drafter, is given the live one.
     Killed at any point and started again, it finds out what they draft with and goes on.  Run one.  /metrics and
     /healthz answer on metrics.port, where that is set.
 

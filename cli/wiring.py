@@ -7,7 +7,7 @@ import functools
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from livedraft.contracts.checkpoint import DrafterConfig
     from livedraft.serving.local.engine import LocalEngine
+    from livedraft.swap.swapper import Swapper
     from livedraft.traces.relay_sink import RelaySink
     from livedraft.traces.sink import QueuedSink
 
@@ -59,15 +60,34 @@ def gateway_url(settings: Settings) -> str:
 
 
 def engine_admin(settings: Settings, timeout: float = 5.0) -> EngineAdmin:
-    """The engine, or engines, that drafters are swapped in."""
-    from livedraft.swap.engine_admin import HttpEngineAdmin
+    """The engine, or engines, as they are: to look at."""
     from livedraft.swap.engine_fleet import EngineFleet
 
-    key = settings.gateway.admin_key
+    engines = _engine_admins(settings, timeout)
+    return engines[0] if len(engines) == 1 else EngineFleet(engines)
+
+
+def swapper(settings: Settings, registry: Registry) -> Swapper:
+    """The way to another drafter, for whoever swaps; engines that were away are brought into line by it."""
+    from livedraft.swap.engine_fleet import EngineFleet
+    from livedraft.swap.intended import Intended
+    from livedraft.swap.journal import Journal
+    from livedraft.swap.swapper import Swapper
+
+    folder = Path(settings.swap.folder).resolve()
+    engines = _engine_admins(settings)
+    if any(engine.kind == "sglang" for engine in settings.engine.remote):
+        fleet = EngineFleet(engines, lambda v: folder / "versions" / v, Intended(registry, Journal(folder)))
+        return Swapper(registry, fleet, folder)
+    alone = engines[0] if len(engines) == 1 else EngineFleet(engines, lambda v: folder / "versions" / v)
+    return Swapper(registry, alone, folder)
+
+
+def _engine_admins(settings: Settings, timeout: float = 5.0) -> Sequence[EngineAdmin]:
+    from livedraft.swap.engine_admin import HttpEngineAdmin
+
     bases = [engine.admin for engine in settings.engine.remote] or [gateway_url(settings)]
-    engines = [HttpEngineAdmin(base, key, timeout=timeout) for base in bases]
-    versions = Path(settings.swap.folder).resolve() / "versions"
-    return engines[0] if len(engines) == 1 else EngineFleet(engines, lambda version: versions / version)
+    return [HttpEngineAdmin(base, settings.gateway.admin_key, timeout=timeout) for base in bases]
 
 
 def once_answered(ask: Callable[[], T], stop: threading.Event) -> T | None:
@@ -294,7 +314,6 @@ def control(settings: Settings, stop: threading.Event) -> None:
     from livedraft.swap.evidence import Evidence
     from livedraft.swap.gate import GateRules, RoundCost
     from livedraft.swap.remembered import RememberedReplay
-    from livedraft.swap.swapper import Swapper
     from livedraft.trainer.evaluate import DraftReplay
 
     # Replays are short but wide: above the trainer's priority, below serving's.
@@ -315,8 +334,8 @@ def control(settings: Settings, stop: threading.Event) -> None:
         contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source,
         _announcing(settings, open_registry(settings.registry)) as registry,
     ):
-        swapper = Swapper(registry, engine_admin(settings), Path(swap.folder))
+        swapping = swapper(settings, registry)
         evidence = Evidence(source, lambda request: held_out(request, settings.traces.held_out), swap.gate_traces)
-        controller = Controller(swapper, evidence, replay, swap, rules, baseline=day_0(settings))
-        with observed(settings.metrics, [ControllerCollector(swapper.journal)]):
+        controller = Controller(swapping, evidence, replay, swap, rules, baseline=day_0(settings))
+        with observed(settings.metrics, [ControllerCollector(swapping.journal)]):
             controller.run(stop)

@@ -1,7 +1,8 @@
-"""Several engines behind one gateway, swapped as one.
+"""Several engines behind one gateway, swapped as one, one after the other.
 
 Between two turns of the controller all that answer draft with the same checkpoint.  The truth is what most of them
-draft with: one that was away, or started again with another drafter, is given what the others have.
+draft with: one that was away, or started again with another drafter, is given what the others have.  Where engines
+start again with a drafter of their own, the truth is what was intended (see ``intended``), also for one alone.
 """
 
 from __future__ import annotations
@@ -22,13 +23,24 @@ log = logging.getLogger(__name__)
 class EngineFleet:
     """``ports.EngineAdmin`` over several.  ``folder_of`` tells where a version's checkpoint lies, if it is there.
 
+    Without ``folder_of`` nobody is brought into line: a mere look changes nothing.
+
     One that did not answer when last asked is left out; only when none does is that a failure.  A swap that no more
     than half of them took has failed, and those that took it are brought back.
+
+    ``intended`` tells what they are to draft with, where that is not theirs to say.  What all of them reject they
+    cannot have: then again they are the truth.
     """
 
-    def __init__(self, engines: Sequence[EngineAdmin], folder_of: Callable[[str], Path]) -> None:
+    def __init__(
+        self,
+        engines: Sequence[EngineAdmin],
+        folder_of: Callable[[str], Path] | None = None,
+        intended: Callable[[], SwapRequest | None] = lambda: None,
+    ) -> None:
         self._engines = engines
         self._folder_of = folder_of
+        self._intended = intended
         #: Of the last swap that was taken, or the last time all agreed: it decides where engines are split in halves.
         self._agreed = ""
         #: Who answered last.
@@ -36,26 +48,63 @@ class EngineFleet:
 
     def status(self) -> EngineStatus:
         """As ``ports.EngineAdmin``, counters summed over the engines that agree; brings the others into line."""
-        answers, failures = {}, list[SwapFailed]()
-        for number, engine in enumerate(self._engines):
-            try:
-                answers[number] = engine.status()
-            except SwapFailed as error:
-                failures.append(error)
+        answers, failures = self._ask(range(len(self._engines)))
         if not answers:
             raise failures[0]
         if len({(s.target, s.target_revision, s.tokenizer_hash) for s in answers.values()}) > 1:
             raise SwapFailed("engine.url names engines of different targets; a drafter belongs to one")
+        if (wanted := self._intended()) is not None:
+            answers = self._bring(answers, wanted)
+        self._there = [self._engines[number] for number in answers]
         votes = Counter(status.drafter_checksum for status in answers.values())
-        # Of equals, max takes the first: the engine that is named first.
-        checksum = max(votes, key=lambda found: (votes[found], found == self._agreed))
+        checksum = wanted.checksum if wanted else ""
+        if checksum not in votes:
+            # Of equals, max takes the first: the engine that is named first.
+            checksum = max(votes, key=lambda found: (votes[found], found == self._agreed))
         if len(votes) == 1:
             self._agreed = checksum
-        self._there = [self._engines[number] for number in answers]
         agreeing = {n: status for n, status in answers.items() if status.drafter_checksum == checksum}
         whole = _summed(list(agreeing.values()))
-        self._align(answers.keys() - agreeing.keys(), whole)
+        if wanted is None and self._folder_of is not None:
+            self._align(answers.keys() - agreeing.keys(), whole, self._folder_of(whole.drafter))
         return whole
+
+    def _ask(self, numbers: Iterable[int]) -> tuple[dict[int, EngineStatus], list[SwapFailed]]:
+        answers, failures = {}, list[SwapFailed]()
+        for number in numbers:
+            try:
+                answers[number] = self._engines[number].status()
+            except SwapFailed as error:
+                failures.append(error)
+        return answers, failures
+
+    def _bring(self, answers: dict[int, EngineStatus], wanted: SwapRequest) -> dict[int, EngineStatus]:
+        """Give ``wanted`` to those without it, one after the other; what all say afterwards.
+
+        Raises SwapFailed when none has it and not all of them reject it: the next look may find it taken.
+        """
+        behind = [
+            number
+            for number, status in answers.items()
+            if (status.drafter_checksum, status.drafter) != (wanted.checksum, wanted.version)
+        ]
+        rejections, failures = 0, list[SwapFailed]()
+        for number in behind:
+            had = answers[number].drafter
+            try:
+                self._engines[number].swap(wanted)
+                log.info("brought an engine from %s to version %s", had or "none", wanted.version)
+            except (DrafterRejected, SwapFailed) as error:
+                log.warning("an engine drafts with %s and not with version %s: %s", had, wanted.version, error)
+                rejections += isinstance(error, DrafterRejected)
+                failures += [error] if isinstance(error, SwapFailed) else []
+        again, unanswered = self._ask(behind)
+        now = {number: status for number, status in answers.items() if number not in behind} | again
+        if not now:
+            raise unanswered[0]
+        if failures and not any(status.drafter_checksum == wanted.checksum for status in now.values()):
+            raise failures[0]
+        return now
 
     def swap(self, request: SwapRequest) -> SwapReceipt:
         """As ``ports.EngineAdmin``; the stall is the longest."""
@@ -72,8 +121,7 @@ class EngineFleet:
         self._agreed = receipts[0].checksum
         return replace(receipts[0], stall_s=max(receipt.stall_s for receipt in receipts))
 
-    def _align(self, others: Iterable[int], whole: EngineStatus) -> None:
-        folder = self._folder_of(whole.drafter)
+    def _align(self, others: Iterable[int], whole: EngineStatus, folder: Path) -> None:
         for number in others:
             if not folder.is_dir():  # it comes with the next candidate
                 log.warning("an engine drafts with another version than %s, which is not at hand", whole.drafter)

@@ -108,6 +108,16 @@ class Journal:
             if d.action == "promote" and d.candidate and "predicted_accept_length" in d.evidence
         }
 
+    @property
+    def served(self) -> str | None:
+        """The version that the last promotion or rollback put into service."""
+        for decision in reversed(self.decisions()):
+            if decision.action == "promote":
+                return decision.candidate
+            if decision.action == "rollback":
+                return decision.live
+        return None
+
     def predecessor(self, version: str) -> str | None:
         """The version that ``version`` replaced when it was last promoted."""
         promotions = (d for d in reversed(self.decisions()) if d.action == "promote" and d.candidate == version)

@@ -55,7 +55,7 @@ class Swapper:
             reason = f"the engine did not take it: {begun.failure}"
             self.journal.append(replace(begun.decision, action="reject", reason=reason))
         self.journal.end()  # without a failure it never reached the engine: whoever wanted it may want it again
-        return status
+        return self.engine.status()  # what is intended is known again, and an engine that lacks it gets it
 
     def inform(self, status: EngineStatus) -> DrafterVersion | None:
         """Tell the registry the decisions it lacks and what the engine drafts with, and return that version.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from livedraft.contracts import checkpoint
 from livedraft.contracts.errors import DrafterRejected, SwapFailed
-from livedraft.contracts.messages import EngineStatus, SwapRequest
+from livedraft.contracts.messages import EngineStatus, SwapReceipt, SwapRequest
 from livedraft.swap.engine_fleet import EngineFleet
 from msgspec.structs import replace
 
@@ -109,3 +109,28 @@ def test_engines_of_different_targets_are_no_fleet(versions: Path) -> None:
     fleet = EngineFleet([FakeEngine(versions / "1", "1"), Stranger(versions / "1", "1")], lambda version: versions)
     with pytest.raises(SwapFailed, match="different targets"):
         fleet.status()
+
+
+def test_a_swap_rolls_from_one_engine_to_the_next(versions: Path) -> None:
+    swapping: list[int] = []
+    most: list[int] = []
+
+    class Counting(FakeEngine):
+        def swap(self, request: SwapRequest) -> SwapReceipt:
+            swapping.append(1)
+            most.append(len(swapping))
+            try:
+                return super().swap(request)
+            finally:
+                swapping.pop()
+
+    engines = [Counting(versions / "1", "1") for _ in range(3)]
+    EngineFleet(engines, lambda version: versions / version).swap(request(versions, "2"))
+    assert most == [1, 1, 1]
+    assert {engine.drafter for engine in engines} == {"2"}
+
+
+def test_whoever_only_looks_changes_nothing(versions: Path) -> None:
+    engines = [FakeEngine(versions / version, version) for version in ("1", "2", "2")]
+    assert EngineFleet(engines).status().drafter == "2"
+    assert [engine.drafter for engine in engines] == ["1", "2", "2"]
