@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One image per process, each with what it runs and little else:
 #   docker build --target engine -t livedraft-engine .
-# Targets: engine, gateway, relay, trainer, controller, mlflow.
+# Targets: engine, gateway, relay, trainer, controller, mlflow, sglang.
 
 FROM python:3.11.13-slim-bookworm AS wheel
 WORKDIR /src
@@ -16,8 +16,8 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     HF_HOME=/var/lib/livedraft/models
 RUN useradd --system --uid 10001 --no-create-home --home-dir /var/lib/livedraft livedraft \
-    && mkdir -p /var/lib/livedraft/engine /var/lib/livedraft/models /var/lib/livedraft/relay \
-        /var/lib/livedraft/swap /var/lib/livedraft/trainer \
+    && mkdir -p /var/lib/livedraft/drafter /var/lib/livedraft/engine /var/lib/livedraft/models \
+        /var/lib/livedraft/relay /var/lib/livedraft/swap /var/lib/livedraft/trainer \
     && chown -R livedraft /var/lib/livedraft
 COPY --from=wheel /wheels /wheels
 WORKDIR /var/lib/livedraft
@@ -55,3 +55,19 @@ RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/mlflow mlflow
 USER 10001
 WORKDIR /var/lib/mlflow
 ENTRYPOINT ["mlflow"]
+
+# SGLang's own image and in it our plugin, which leaves its torch and SGLang what they are.  What it compiles and caches
+# goes to HOME, a volume: our user is nobody special there either.
+FROM lmsysorg/sglang:v0.5.23 AS sglang
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    HF_HOME=/var/lib/livedraft/models \
+    HOME=/var/lib/livedraft/sglang
+RUN useradd --system --uid 10001 --no-create-home --home-dir /var/lib/livedraft/sglang livedraft \
+    && mkdir -p /var/lib/livedraft/drafter /var/lib/livedraft/models /var/lib/livedraft/sglang \
+        /var/lib/livedraft/swap \
+    && chown -R livedraft /var/lib/livedraft
+COPY --from=wheel /wheels /wheels
+RUN python3 -m pip install "$(ls /wheels/*.whl)[sglang]"
+USER 10001
+WORKDIR /var/lib/livedraft/sglang

@@ -21,6 +21,20 @@ def composed() -> dict[str, Any]:
     return read_compose(read_env(ROOT / ".env.example") | SECRETS)
 
 
+GPU = {
+    "COMPOSE_PROFILES": "gpu",
+    "LIVEDRAFT_ENGINE_URL": "sglang+http://sglang:30000",
+    "LIVEDRAFT_DRAFTER": "/var/lib/livedraft/drafter/initial",
+    "LIVEDRAFT_TARGET": "Qwen/Qwen3-8B",
+}
+
+
+@pytest.fixture(scope="session")
+def composed_gpu() -> dict[str, Any]:
+    """The same with the values of the profile gpu."""
+    return read_compose(read_env(ROOT / ".env.example") | SECRETS | GPU)
+
+
 @pytest.fixture(scope="session")
 def images() -> dict[str, Image]:
     """Targets of the Dockerfile."""

@@ -62,7 +62,9 @@ def test_ports_are_bound_to_this_machine_unless_asked_otherwise() -> None:
 
 def test_images_are_pinned_and_ours_run_as_nobody_special(composed: dict[str, Any], images: dict[str, Image]) -> None:
     for base in re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.M):
-        assert base in images or re.fullmatch(r"python:\d+\.\d+\.\d+-slim-bookworm", base)
+        assert base in images or re.fullmatch(
+            r"python:\d+\.\d+\.\d+-slim-bookworm|lmsysorg/sglang:v\d+\.\d+\.\d+", base
+        )
     for name, service in composed["services"].items():
         assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
         if "build" in service:
@@ -82,7 +84,7 @@ def test_every_process_of_ours_has_what_an_operator_expects(composed: dict[str, 
 
 
 def test_folders_of_volumes_belong_to_the_user_of_the_image(composed: dict[str, Any], images: dict[str, Image]) -> None:
-    for name in OURS:
+    for name in (*OURS, "drafter", "sglang"):
         service = composed["services"][name]
         for volume in service["volumes"]:
             source, target, *_ = volume.split(":")
@@ -104,6 +106,74 @@ def test_addresses_in_the_settings_are_services_that_listen(composed: dict[str, 
         service = composed["services"][host]
         inside = f"{host}:{port}" in str(service.get("environment", ""))  # Kafka's second listener
         assert int(port) in container_ports(service) or inside, address
+
+
+# With SGLang on a GPU.
+
+
+def settings_of(composed: dict[str, Any], name: str) -> Settings:
+    """The settings of a service's process: the file, and the service's environment."""
+    return load(ROOT / "configs" / "compose.toml", composed["services"][name]["environment"])
+
+
+def option(composed: dict[str, Any], name: str) -> str:
+    """A value on SGLang's command line."""
+    [value] = [
+        word.partition("=")[2] for word in composed["services"]["sglang"]["command"] if word.startswith(name + "=")
+    ]
+    return str(value)
+
+
+def test_profiles_share_all_but_the_engine(composed: dict[str, Any], composed_gpu: dict[str, Any]) -> None:
+    profiles = {name: service.get("profiles") for name, service in composed_gpu["services"].items()}
+    assert {name: found for name, found in profiles.items() if found} == {
+        "engine": ["cpu"],
+        "drafter": ["gpu"],
+        "sglang": ["gpu"],
+    }
+    [ours] = settings_of(composed, "gateway").engine.remote
+    assert (ours.base, ours.kind) == ("http://engine:8000", "livedraft")
+
+
+def test_gateway_and_controller_reach_sglang_and_its_plugin(composed_gpu: dict[str, Any]) -> None:
+    service = composed_gpu["services"]["sglang"]
+    for name in ("gateway", "controller"):
+        settings = settings_of(composed_gpu, name)
+        [engine] = settings.engine.remote
+        assert engine.kind == "sglang"
+        for address in (engine.base, engine.admin):
+            host, port = address.removeprefix("http://").split(":")
+            assert host == "sglang"
+            assert int(port) in container_ports(service)
+        assert settings.gateway.admin_key == settings_of(composed_gpu, "sglang").gateway.admin_key == "admin"
+    assert option(composed_gpu, "--port") == "30000"
+    plugin = settings_of(composed_gpu, "sglang").sglang
+    assert (plugin.admin_host, plugin.admin_port) == ("0.0.0.0", 0)  # the port after SGLang's
+    assert option(composed_gpu, "--api-key") == settings_of(composed_gpu, "gateway").gateway.engine_key
+
+
+def test_everybody_begins_with_the_drafter_that_sglang_is_started_with(composed_gpu: dict[str, Any]) -> None:
+    folder = option(composed_gpu, "--speculative-draft-model-path")
+    assert f"--out={folder}" in composed_gpu["services"]["drafter"]["command"]
+    for name in ("trainer", "controller"):
+        assert settings_of(composed_gpu, name).engine.drafter == folder
+    for name in ("drafter", "sglang", "trainer", "controller"):
+        service = composed_gpu["services"][name]
+        assert any(volume.startswith("drafter:/var/lib/livedraft/drafter") for volume in service["volumes"])
+        assert settings_of(composed_gpu, name).engine.target == option(composed_gpu, "--model-path")
+    assert composed_gpu["services"]["sglang"]["depends_on"]["drafter"]["condition"] == "service_completed_successfully"
+
+
+def test_sglang_drafts_as_deep_as_the_gate_reckons_and_reads_what_it_swaps(composed_gpu: dict[str, Any]) -> None:
+    settings = settings_of(composed_gpu, "controller")
+    assert int(option(composed_gpu, "--speculative-num-steps")) == settings.engine.draft_depth
+    assert int(option(composed_gpu, "--speculative-num-draft-tokens")) == settings.engine.draft_depth + 1
+    service = composed_gpu["services"]["sglang"]
+    assert f"swap:{settings.swap.folder}:ro" in service["volumes"]
+    assert settings_of(composed_gpu, "sglang").traces.url == "relay+tcp://relay:5555"
+    [device] = service["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert "/health" in service["healthcheck"]["test"][-1]
 
 
 def test_topics_are_those_that_the_settings_name(composed: dict[str, Any], settings: Settings) -> None:
