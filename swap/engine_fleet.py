@@ -151,6 +151,7 @@ def _summed(statuses: Sequence[EngineStatus]) -> EngineStatus:
         traces_offered=sum(status.traces_offered for status in statuses),
         traces_dropped=sum(status.traces_dropped for status in statuses),
         capture=all(status.capture for status in statuses),
+        disabled={part: why for status in statuses for part, why in status.disabled.items()},
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,11 @@ from livedraft.contracts.messages import SwapRequest
 from livedraft.serving.sglang.identity import Drafting, Identity
 from livedraft.serving.sglang.weights import Image, LiveWeights
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the parameters themselves.
+_AUDIT_S = 60.0
 
 #: Fields in which a candidate's config.json must equal the running drafter's: shapes, and arithmetic no tensor shows.
 _ALIKE = (
@@ -50,18 +57,22 @@ class ServedDrafter:
         self._previous: Image | None = None
         self._copied: Image | None = None
         self._wait: Callable[[], float] = lambda: 0.0
+        #: Grows with every copy, so that an audit knows whether one came between.
+        self._copies = 0
+        self._foreign = False
+        self._audited_at = 0.0
         self._ready = threading.Event()
         self._unfit = ""
 
     @property
     def version(self) -> str:
-        """Of what the engine holds; "" until it is known."""
-        return self._current.version if self._current else ""
+        """Of what the engine holds; "" while that is not known."""
+        return self._current.version if self._current and not self._foreign else ""
 
     @property
     def checksum(self) -> str:
-        """Of what the engine holds; "" until it is known."""
-        return self._current.checksum if self._current else ""
+        """Of what the engine holds; "" while that is not known."""
+        return self._current.checksum if self._current and not self._foreign else ""
 
     def prove(self, folder: Path, identity: Identity) -> None:
         """Hold the parameters against the folder that SGLang loaded; until then nothing can be swapped.
@@ -84,6 +95,21 @@ class ServedDrafter:
         finally:
             self._ready.set()
 
+    def audit(self) -> None:
+        """Look whether somebody else has written the parameters, through SGLang's own routes for instance."""
+        current, copies = self._current, self._copies
+        if current is None or self._copied not in (None, current) or self._foreign:
+            return
+        if (name := self._live.difference(current)) and copies == self._copies:
+            log.error("parameter %s was changed by others: which drafter this is, is not known any more", name)
+            self._foreign = True
+
+    def audit_by_and_by(self) -> None:
+        """``audit`` on a thread, unless that was done lately."""
+        if time.monotonic() - self._audited_at > _AUDIT_S:
+            self._audited_at = time.monotonic()
+            threading.Thread(target=self.audit, name="livedraft-audit", daemon=True).start()
+
     def stage(self, request: SwapRequest) -> Image:
         """As ``exchange.Weights``."""
         self._ready.wait()
@@ -104,8 +130,13 @@ class ServedDrafter:
         self._require_vocabulary(tensors["d2t"])
         return self._live.image(request.version, found, tensors)
 
+    def settle(self) -> None:
+        """As ``exchange.Weights``."""
+        self._live.settle()
+
     def apply(self, staged: Image) -> None:
         """As ``exchange.Weights``."""
+        self._copies += 1
         self._copied = staged
         self._wait = self._live.write(staged)
 
@@ -128,7 +159,7 @@ class ServedDrafter:
         assert self._current is not None
         if self._copied.checksum != self._current.checksum:
             self._previous = self._current
-        self._current = self._copied
+        self._current, self._foreign = self._copied, False
 
     def _require_alike(self, config: DrafterConfig) -> None:
         running = running_fields(self._config)

@@ -74,6 +74,9 @@ class Weights(Protocol):
     def stage(self, request: SwapRequest) -> Staged:
         """Prove and lay out, touching nothing.  Raises DrafterRejected or SwapFailed."""
 
+    def settle(self) -> None:
+        """Wait for the last batch to leave the device: the copy will not be ordered behind it."""
+
     def apply(self, staged: Staged) -> None:
         """Copy in, on the scheduler's thread."""
 
@@ -152,11 +155,11 @@ class Exchange:
         if self._orders and recv_reqs is not None:
             recv_reqs = [*recv_reqs, self._orders.popleft()]
         received = original(receiver, recv_reqs, *args, **kwargs)
-        if not received and self._armed is None:
-            return received
-        orders = [one for one in received if isinstance(one, Order)]
+        orders = [one for one in received or () if isinstance(one, Order)]
         if orders:
             received = [one for one in received if not isinstance(one, Order)]
+        elif self._armed is None:
+            return received
         try:
             self._turn(orders)
         except Exception as error:  # SGLang must get its requests without our orders whatever happened here
@@ -177,8 +180,9 @@ class Exchange:
         return self._connected[0]
 
     def _turn(self, orders: Sequence[Order]) -> None:
-        if self._armed is not None and self._waited:
-            self._write()  # a whole turn without a batch: nothing runs
+        if self._armed is not None and self._waited:  # a whole turn without a batch: nothing new runs
+            self._weights.settle()
+            self._write()
         self._waited = self._armed is not None
         for order in orders:
             if order.request is not None:

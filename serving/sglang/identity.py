@@ -35,6 +35,7 @@ def identify(settings: Settings, server_args: Any, context_length: int, *, leads
 
     served = str(server_args.model_path)
     folder = place.find(served)
+    tokenizer = str(server_args.tokenizer_path or served)
     configured = settings.engine.target
     same = configured == "bundled" and place.find("bundled").samefile(folder)
     same = same or (Path(configured).is_dir() and Path(configured).samefile(folder))
@@ -42,7 +43,7 @@ def identify(settings: Settings, server_args: Any, context_length: int, *, leads
         engine=NAME,
         target=place.name(configured if same else served),
         target_revision=place.revision(folder),
-        tokenizer_hash=Text(Path(server_args.tokenizer_path or folder)).hash,
+        tokenizer_hash=Text(folder if tokenizer == served else place.find(tokenizer)).hash,
         context_length=context_length,
         leads=leads,
     )

@@ -82,6 +82,8 @@ class Plugin:
             raise Overloaded(f"livedraft is off in this engine: {self._feature.reason}")
         if self._identity is None:
             raise Overloaded("this engine is starting")
+        if self._drafter is not None:
+            self._drafter.audit_by_and_by()
         who, counters, scheduler = self._identity, self._capture, self._scheduler
         return EngineStatus(
             engine=who.engine,

@@ -134,6 +134,8 @@ class Hook:
     around: Callable[..., Any]
     relies_on: tuple[str, ...]
     feature: Feature
+    #: False: where it does not fit, the feature does without it.
+    needed: bool = True
 
 
 class Call:
@@ -214,7 +216,10 @@ class Surface:
                 check_signature(hook.target, getattr(owner, name), hook.relies_on)
                 fitting.setdefault(hook.target, []).append((hook, inspect.getattr_static(owner, name)))
             except Exception as error:  # whatever importing or inspecting a changed SGLang raises
-                hook.feature.switch_off(f"SGLang {installed()}: {error}")
+                if hook.needed:
+                    hook.feature.switch_off(f"SGLang {installed()}: {error}")
+                else:
+                    log.info("SGLang %s: %s; %s does without", installed(), error, hook.feature.name)
         for target, found in fitting.items():
             self._register(target, _chain([hook for hook, _ in found]))
             self._set.extend(found)

@@ -78,6 +78,11 @@ class LiveWeights:
                     return name
         return None
 
+    def settle(self) -> None:
+        """Wait for everything that the device was given."""
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize(self._device)
+
     @torch.no_grad()
     def write(self, image: Image) -> Callable[[], float]:
         """Copy ``image`` in, in the order of the current stream; the call returned waits and says how long it took."""

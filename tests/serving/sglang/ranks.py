@@ -25,6 +25,7 @@ class FakeWeights:
 
     def __init__(self, **faults: Any) -> None:
         self.faults = faults
+        self.settled = 0
         self.held, self.previous, self.copied = "a", "", ""
 
     def stage(self, request: SwapRequest) -> Staged:
@@ -34,6 +35,9 @@ class FakeWeights:
         if error := self.faults.get("stage"):
             raise error
         return Staged(request.version, request.checksum)
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def apply(self, staged: Staged) -> None:
         self.copied = staged.version

@@ -171,6 +171,23 @@ def test_a_write_that_did_not_take_is_found(served: Served, folder: Path) -> Non
         served.drafter.confirm()
 
 
+def test_weights_written_by_others_are_nobodys_until_the_next_swap(served: Served, folder: Path) -> None:
+    served.drafter.audit()
+    assert served.drafter.version == START
+    served.model.model.norm.weight.data[0] += 1
+    served.drafter.audit()
+    assert (served.drafter.version, served.drafter.checksum) == ("", "")
+    served.swap(SwapRequest(path=str(folder), version=START, checksum=Served(folder).drafter.checksum))
+    served.drafter.audit()
+    assert served.drafter.version == START
+
+
+def test_an_audit_says_nothing_of_a_swap_under_way(served: Served, folder: Path) -> None:
+    served.drafter.apply(served.drafter.stage(written(folder, "18", seed=1)))
+    served.drafter.audit()
+    assert served.drafter.version == START
+
+
 Tamper = Callable[[Path], None]
 
 

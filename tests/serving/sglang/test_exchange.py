@@ -34,6 +34,7 @@ def test_all_ranks_exchange_at_the_same_batch(size: int, busy: bool) -> None:
     assert [weights.previous for weights in ranks.weights] == ["a"] * size
     assert all(batches == ranks.batches[0] for batches in ranks.batches), "batch by batch the ranks drafted alike"
     assert all(stamped == copied for stamped, copied in ranks.batches[0]), "each batch is stamped with what drafts it"
+    assert all(weights.settled == (not busy) for weights in ranks.weights), "only where no batch orders the copy"
     if busy:
         assert {stamped for stamped, _ in ranks.batches[0]} == {"a", "b"}
 

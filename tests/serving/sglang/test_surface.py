@@ -142,6 +142,32 @@ def test_a_hook_that_does_not_fit_is_not_set_and_says_why(
         raise AssertionError(feature.reason)
 
 
+def test_a_hook_that_is_not_needed_may_be_missing(worker: type) -> None:
+    registry, feature = Registry(), Feature("capture")
+    Surface(registry.register).set([Hook(f"{WORKER}.abort", lambda original: None, ("batch",), feature, needed=False)])
+    assert feature.on
+    assert not registry.registered
+
+
+def test_of_several_hooks_the_last_is_outermost(worker: type) -> None:
+    order = []
+
+    def named(name: str) -> Callable[..., Any]:
+        def around(original: Any, self: Any, batch: int) -> Any:
+            order.append(name)
+            return original(self, batch)
+
+        return around
+
+    registry, feature = Registry(), Feature("capture")
+    hooks = [Hook(f"{WORKER}.forward", named(name), ("batch",), feature) for name in ("inner", "outer")]
+    Surface(registry.register).set(hooks)
+    registry.apply()
+    assert len(registry.registered) == 1
+    assert worker().forward(3) == 4
+    assert order == ["outer", "inner"]
+
+
 def test_a_hook_that_was_registered_but_never_applied_is_found_out(worker: type) -> None:
     _, surface, feature = hooked(lambda original, *args: original(*args))
     surface.prove()

@@ -1,0 +1,328 @@
+"""Drafters exchanged inside a real SGLang: answers stay what they are, and what is bad never gets in."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import shutil
+import textwrap
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from livedraft.contracts import checkpoint
+from livedraft.contracts.errors import DrafterRejected, SwapFailed
+from livedraft.contracts.messages import EngineStatus, SwapRequest
+from livedraft.serving.local import place
+from livedraft.serving.local.text import Text
+from livedraft.swap.engine_admin import HttpEngineAdmin
+from msgspec.structs import replace
+
+from . import drafters
+from .server import SHIM, TARGET, Server, Speculation, free_port, serving
+
+PROMPT = "def compress(data"
+
+
+class Engine:
+    """A server with the plugin in it, and its administration."""
+
+    def __init__(self, server: Server, port: int, key: str | None = None) -> None:
+        self.server = server
+        self.base = f"http://127.0.0.1:{port}"
+        self.admin = HttpEngineAdmin(self.base, key)
+
+    def started(self) -> EngineStatus:
+        """Its status, as soon as it has read the target's files."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return self.admin.status()
+            except SwapFailed:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def engine(
+    folder: Path, speculation: Speculation | None, *, key: str | None = None, **environment: str
+) -> Iterator[Engine]:
+    port = free_port()
+    environment["LIVEDRAFT_SGLANG__ADMIN_PORT"] = str(port)
+    if key is not None:
+        environment["LIVEDRAFT_GATEWAY__ADMIN_KEY"] = key
+    plugins = environment.pop("plugins", "livedraft").split(",")
+    with serving(folder, speculation, environment=environment, plugins=plugins) as server:
+        yield Engine(server, port, key)
+
+
+@pytest.fixture(scope="module")
+def swapping(tmp_path_factory: pytest.TempPathFactory, fresh_drafter: Path) -> Iterator[Engine]:
+    with engine(tmp_path_factory.mktemp("swapping"), Speculation(fresh_drafter)) as one:
+        one.started()
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def back_to_the_first(request: pytest.FixtureRequest, fresh_drafter: Path) -> Iterator[None]:
+    yield
+    if "swapping" in request.fixturenames:
+        request.getfixturevalue("swapping").admin.swap(asked_for(fresh_drafter))
+
+
+def asked_for(folder: Path, version: str = "") -> SwapRequest:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return SwapRequest(
+        path=str(folder), version=version or folder.name, checksum=checkpoint.checksum(manifest["tensors"])
+    )
+
+
+def test_the_engine_knows_itself_as_the_embedded_one_would(swapping: Engine, fresh_drafter: Path) -> None:
+    status = swapping.admin.status()
+    assert status.engine == "sglang"
+    assert status.target == place.name("bundled")
+    assert status.target_revision == place.revision(TARGET)
+    assert status.tokenizer_hash == Text(TARGET).hash
+    assert (status.drafter, status.drafter_checksum) == ("fresh", asked_for(fresh_drafter).checksum)
+    assert status.running == status.waiting == 0
+    assert "swap" not in status.disabled
+
+
+def test_a_swap_in_the_middle_of_an_answer_changes_its_speed_and_nothing_else(
+    swapping: Engine, trained_drafter: Path, prompts: list[str]
+) -> None:
+    server = swapping.server
+    undisturbed = [server.generate(prompt, max_new_tokens=200) for prompt in prompts[:4]]
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.extend(server.generate_together(prompts[:4], max_new_tokens=200)))
+    asking.start()
+    while swapping.admin.status().running < 4:
+        time.sleep(0.005)
+    receipt = swapping.admin.swap(asked_for(trained_drafter))
+    assert swapping.admin.status().running, "the answers were still under way"
+    asking.join()
+    assert (receipt.version, receipt.previous) == ("trained", "fresh")
+    assert receipt.checksum == asked_for(trained_drafter).checksum
+    assert [a["output_ids"] for a in answers] == [u["output_ids"] for u in undisturbed]
+    status = swapping.admin.status()
+    assert (status.drafter, status.drafter_checksum) == ("trained", receipt.checksum)
+    assert set(status.by_drafter) >= {"fresh", "trained"}
+    after = [server.generate(prompt, max_new_tokens=48) for prompt in prompts[:4]]
+    assert [a["output_ids"] for a in after] == [u["output_ids"][:48] for u in undisturbed]
+    rounds = [sum(answer["meta_info"]["spec_verify_ct"] for answer in batch) for batch in (after, undisturbed)]
+    assert rounds[0] < rounds[1] * 48 / 200 * 0.8, "the trained drafter is the one that drafts now"
+    print(f"\nstall {receipt.stall_s * 1000:.2f} ms")  # noqa: T201
+
+
+def test_going_back_needs_no_folder(swapping: Engine, trained_drafter: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_drafter, tmp_path / "17")
+    first = asked_for(tmp_path / "17")
+    swapping.admin.swap(first)
+    drafters.write_fresh(tmp_path / "18", seed=3)
+    swapping.admin.swap(asked_for(tmp_path / "18"))
+    shutil.rmtree(tmp_path / "17")
+    assert swapping.admin.swap(first).checksum == first.checksum
+    assert swapping.admin.status().drafter == "17"
+
+
+Tamper = Callable[[dict[str, np.ndarray], dict[str, Any], dict[str, Any]], object]
+
+
+def _nan(arrays: dict[str, np.ndarray], manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    arrays["fc.weight"][0, 0] = np.nan
+
+
+def _vocabulary(arrays: dict[str, np.ndarray], manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    """Two draft rows change places, so that the folder is sound in itself."""
+    ids = arrays["d2t"] + np.arange(len(arrays["d2t"]))
+    ids[[0, 1]] = ids[[1, 0]]
+    arrays["d2t"] = ids - np.arange(len(ids))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "reason"),
+    [
+        (_nan, r"tensor fc\.weight: NaN"),
+        (lambda a, m, c: a.update({"norm.weight": a["norm.weight"][1:]}), r"tensor norm\.weight: shape"),
+        (lambda a, m, c: a.pop("midlayer.mlp.up_proj.weight"), r"tensor midlayer\.mlp\.up_proj\.weight: missing"),
+        (lambda a, m, c: m.update(target_revision="elsewhere"), "trained for revision elsewhere"),
+        (lambda a, m, c: m.update(tokenizer_hash="elsewhere"), "tokenizer_hash differs"),
+        (lambda a, m, c: c.update(rope_theta=5e5, rope_parameters=None), "rope_theta is 500000"),
+        (_vocabulary, "tensor d2t: differs"),
+    ],
+    ids=["nan", "shape", "missing", "target", "tokenizer", "config", "vocabulary"],
+)
+def test_a_bad_drafter_is_refused_by_name_and_harms_nothing(
+    swapping: Engine, fresh_drafter: Path, tmp_path: Path, tamper: Tamper, reason: str
+) -> None:
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "bad"
+    shutil.copytree(fresh_drafter, folder)
+    arrays = checkpoint.load(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    tamper(arrays, manifest, config)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "model.safetensors")
+    manifest["tensors"] = checkpoint.hash_tensors(arrays)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.json").write_text(json.dumps(config))
+    before = swapping.server.generate(PROMPT)["output_ids"]
+    with pytest.raises(DrafterRejected, match=reason):
+        swapping.admin.swap(asked_for(folder))
+    assert swapping.admin.status().drafter_checksum == asked_for(fresh_drafter).checksum
+    assert swapping.server.generate(PROMPT)["output_ids"] == before
+
+
+def test_a_folder_of_other_tensors_than_named_is_a_failed_swap(swapping: Engine, trained_drafter: Path) -> None:
+    with pytest.raises(SwapFailed, match="expected 0123"):
+        swapping.admin.swap(replace(asked_for(trained_drafter), checksum="0123"))
+    with pytest.raises(DrafterRejected, match="No such file"):
+        swapping.admin.swap(SwapRequest(path="/nowhere", version="1", checksum="0123"))
+
+
+def test_sglang_sees_the_weights_change_and_come_back(
+    swapping: Engine, trained_drafter: Path, fresh_drafter: Path
+) -> None:
+    def of_drafter() -> Any:
+        return swapping.server.post("/weights_checker", {"action": "checksum", "selector": "draft"})
+
+    def of_target() -> Any:
+        return swapping.server.post("/weights_checker", {"action": "checksum", "selector": "target"})
+
+    first, target = of_drafter(), of_target()
+    swapping.admin.swap(asked_for(trained_drafter))
+    assert of_drafter() != first
+    swapping.admin.swap(asked_for(fresh_drafter))
+    assert of_drafter() == first
+    assert of_target() == target
+
+
+def test_swaps_under_load_fail_no_request(
+    swapping: Engine, trained_drafter: Path, fresh_drafter: Path, prompts: list[str]
+) -> None:
+    swaps, clients = 24, 4
+    expected = {prompt: swapping.server.generate(prompt, max_new_tokens=64)["output_ids"] for prompt in prompts}
+    quiet = [gap for prompt in prompts[:clients] for gap in gaps(swapping.server, prompt, 64)[1]]
+    ended, failures, waits = threading.Event(), list[str](), list[float]()
+
+    def ask(offset: int) -> None:
+        for prompt in itertools.islice(itertools.cycle(prompts), offset, None):
+            if ended.is_set():
+                return
+            try:
+                tokens, between = gaps(swapping.server, prompt, 64)
+            except Exception as error:
+                failures.append(repr(error))
+                return
+            waits.extend(between)
+            if tokens != expected[prompt]:
+                failures.append(f"another answer to {prompt!r}")
+
+    askers = [threading.Thread(target=ask, args=(offset,)) for offset in range(clients)]
+    for asker in askers:
+        asker.start()
+    receipts = []
+    try:
+        for folder in itertools.islice(itertools.cycle([trained_drafter, fresh_drafter]), swaps):
+            receipts.append(swapping.admin.swap(asked_for(folder)))
+            time.sleep(0.1)
+    finally:
+        ended.set()
+        for asker in askers:
+            asker.join()
+    assert not failures
+    assert len(receipts) == swaps
+    assert waits
+    stalls = sorted(receipt.stall_s * 1000 for receipt in receipts)
+    print(  # noqa: T201
+        f"\n{swaps} swaps: stall median {stalls[swaps // 2]:.2f} ms, longest {stalls[-1]:.2f} ms; longest wait for a "
+        f"token {max(waits) * 1000:.0f} ms in {len(waits)} (one request alone, no swap: {max(quiet) * 1000:.0f} ms)"
+    )
+
+
+def gaps(server: Server, prompt: str, tokens: int) -> tuple[list[int], list[float]]:
+    """A streamed answer, and the seconds between its pieces."""
+    url = urllib.parse.urlsplit(server.url)
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=120)
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    body = json.dumps({"text": prompt, "sampling_params": sampling, "stream": True})
+    connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200
+    output: list[int] = []
+    times: list[float] = []
+    for line in response:
+        if line.startswith(b"data: {"):
+            piece = json.loads(line.removeprefix(b"data: "))
+            assert "error" not in piece, piece
+            times.append(time.perf_counter())
+            output = piece["output_ids"]
+    connection.close()
+    return output, [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+def test_without_a_drafter_it_administers_itself_and_says_why_it_does_nothing(tmp_path: Path) -> None:
+    with engine(tmp_path, None, key="secret") as one:
+        status = one.started()
+        assert (status.drafter, status.drafter_checksum, status.capture) == ("", "", False)
+        assert "EAGLE3" in status.disabled["swap"]
+        with pytest.raises(SwapFailed, match="EAGLE3"):
+            one.admin.swap(SwapRequest(path="/x", version="1", checksum="1"))
+        for key in (None, "wrong"):
+            with pytest.raises(SwapFailed, match="401 missing or wrong admin key"):
+                HttpEngineAdmin(one.base, key).status()
+        assert one.server.generate(PROMPT, max_new_tokens=4)["output_ids"]
+
+
+def test_a_changed_sglang_is_served_with_the_plugin_off_and_says_why(tmp_path: Path, fresh_drafter: Path) -> None:
+    """Another plugin, loaded first, stands for a release in which what the swap hooks has other parameters."""
+    write_plugin(
+        tmp_path / "release",
+        "release",
+        """
+        from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver as Receiver
+
+        def register():
+            original = Receiver._broadcast_reqs_across_ranks
+            Receiver._broadcast_reqs_across_ranks = lambda self, incoming, local=None: original(self, incoming, local)
+        """,
+    )
+    path = os.pathsep.join([str(tmp_path / "release"), str(SHIM), os.environ.get("PYTHONPATH", "")])
+    with engine(tmp_path, Speculation(fresh_drafter), plugins="release,livedraft", PYTHONPATH=path) as one:
+        status = one.started()
+        reason = "takes (incoming, local); the hook needs (recv_reqs, ...)"
+        assert any(reason in why for why in status.disabled.values())
+        with pytest.raises(SwapFailed, match=r"the hook needs \(recv_reqs"):
+            one.admin.swap(asked_for(fresh_drafter))
+        assert len(one.server.generate(PROMPT)["output_ids"]) == 48
+        assert "the hook needs (recv_reqs, ...)" in one.server.log.read_text()
+
+
+def test_settings_that_cannot_be_read_leave_sglang_alone(tmp_path: Path, fresh_drafter: Path) -> None:
+    settings = tmp_path / "livedraft.toml"
+    settings.write_text("[sglang]\nadmin_prot = 1\n")
+    with engine(tmp_path, Speculation(fresh_drafter), LIVEDRAFT_CONFIG=str(settings)) as one:
+        assert len(one.server.generate(PROMPT)["output_ids"]) == 48
+        with pytest.raises(SwapFailed, match="refused"):
+            one.admin.status()
+        assert "livedraft stays off" in one.server.log.read_text()
+        assert "admin_prot" in one.server.log.read_text()
+
+
+def write_plugin(folder: Path, name: str, code: str) -> None:
+    """A plugin of SGLang that needs no installing: a module and the metadata of its entry point."""
+    about = folder / f"{name}-0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (about / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}_plugin:register\n")
+    (folder / f"{name}_plugin.py").write_text(textwrap.dedent(code))
