@@ -14,6 +14,8 @@ correctness.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +31,8 @@ from livedraft.serving.sglang.surface import BROADCAST, ROUND, Feature, Hook
 
 log = logging.getLogger(__name__)
 
+#: OS niceness of the threads that read, lay out and compare: the batches go first.
+_NICE = 10
 #: Seconds until a rank that was not ready is asked again.
 _ASK_AGAIN_S = 0.02
 #: Seconds that whoever asked for a swap waits for the loop; a checkpoint is read from a slow disk in less.
@@ -196,6 +200,8 @@ class Exchange:
         threading.Thread(target=self._do, args=(work, self._work), name=f"swap-{step}", daemon=True).start()
 
     def _do(self, work: Callable[[], Any], future: Future[Any]) -> None:
+        if sys.platform == "linux":  # elsewhere it is the whole process's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             future.set_result(work())
         except Exception as error:
