@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from livedraft.contracts.errors import DrafterRejected, LivedraftError, SwapFailed
@@ -101,7 +102,7 @@ Gather = Callable[[Outcome | None], Sequence[Outcome | None]]
 class Exchange:
     """Thread-safe ``swap`` on the leading rank; the rest runs on the scheduler's thread, by its hooks.
 
-    Its hooks are set before the scheduler exists; ``connect`` gives it what it works on.
+    Its hooks are set before the scheduler exists; then it has to ``join`` the other ranks and ``connect`` weights.
     """
 
     def __init__(self, drafting: Drafting) -> None:
@@ -114,7 +115,8 @@ class Exchange:
             Hook(ROUND, self._around_round, ("batch",), self.transport),
         ]
         self._drafting = drafting
-        self._connected: tuple[Weights, Gather] | None = None
+        self._weights: Weights | None = None
+        self._gather: Gather = lambda outcome: [outcome]
         self._orders = deque[Order]()
         self._asked = threading.Lock()
         self._answer: Future[SwapReceipt] | None = None
@@ -128,9 +130,13 @@ class Exchange:
         self._applied_at = 0.0
         self._failure: LivedraftError | None = None
 
-    def connect(self, weights: Weights, gather: Gather) -> None:
-        """Work on ``weights``, in agreement with the ranks that ``gather`` reaches."""
-        self._connected = weights, gather
+    def join(self, gather: Gather) -> None:
+        """Agree with the ranks that ``gather`` reaches; also where nothing can be swapped, since they wait for all."""
+        self._gather = gather
+
+    def connect(self, weights: Weights) -> None:
+        """Swap these."""
+        self._weights = weights
 
     # ---- the leading rank's other threads
 
@@ -139,7 +145,7 @@ class Exchange:
         for feature in (self.transport, self.feature):
             if feature.reason is not None:
                 raise SwapFailed(f"this engine does not swap: {feature.reason}")
-        if self._connected is None:
+        if self._weights is None:
             raise SwapFailed("this engine is starting")
         with self._asked:
             if self._answer is not None and not self._answer.done():
@@ -178,21 +184,24 @@ class Exchange:
                 self._give_up(error)
         return original(worker, batch, *args, **kwargs)
 
-    @property
-    def _weights(self) -> Weights:
-        assert self._connected is not None
-        return self._connected[0]
-
     def _turn(self, orders: Sequence[Order]) -> None:
         if self._armed is not None and self._waited:  # a whole turn without a batch: nothing new runs
-            self._weights.settle()
+            self._served.settle()
             self._write()
         self._waited = self._armed is not None
         for order in orders:
             if order.request is not None:
-                self._begin("stage", lambda request=order.request: self._weights.stage(request))  # type: ignore[misc]
+                self._begin("stage", partial(self._stage, order.request))
             else:
                 self._conclude()
+
+    @property
+    def _served(self) -> Weights:
+        assert self._weights is not None, "a rank without weights fails at staging"
+        return self._weights
+
+    def _stage(self, request: SwapRequest) -> Staged:
+        return self._served.stage(request)
 
     def _begin(self, step: Literal["stage", "confirm", "restore"], work: Callable[[], Any]) -> None:
         """Do ``work`` on a thread; the leading rank asks everybody once its own is done."""
@@ -216,12 +225,13 @@ class Exchange:
         """Hear every rank's outcome of this step, and take the next."""
         if self._step is None:
             return
-        assert self._connected is not None
-        outcomes = self._connected[1](self._outcome())
+        outcomes = self._gather(self._outcome())
         known = [outcome for outcome in outcomes if outcome is not None]
         if len(known) < len(outcomes):
             if self._answer is not None:
-                threading.Timer(_ASK_AGAIN_S, self._ask).start()
+                again = threading.Timer(_ASK_AGAIN_S, self._ask)
+                again.daemon = True
+                again.start()
             return
         failed = next((outcome for outcome in known if outcome.failure), None)
         error = failed.error if failed else None
@@ -231,7 +241,7 @@ class Exchange:
         elif self._step == "stage":
             self._finish(error)
         elif self._step == "confirm" and error is None:
-            self._weights.keep()
+            self._served.keep()
             self._finish(None, max(outcome.stall_s for outcome in known))
         elif self._step == "confirm":
             self._failure, self._armed = error, (None,)
@@ -260,21 +270,21 @@ class Exchange:
         (staged,), self._armed = self._armed, None
         try:
             if staged is None:
-                self._weights.restore()
+                self._served.restore()
                 self._drafting.version = self._previous
             else:
                 self._previous, self._drafting.version = self._drafting.version, staged.version
-                self._weights.apply(staged)
+                self._served.apply(staged)
         except Exception as error:
-            self._begin("restore" if staged is None else "confirm", lambda error=error: _raise(error))  # type: ignore[misc]
+            self._begin("restore" if staged is None else "confirm", partial(_raise, error))
             return
         self._staged, self._applied_at = staged, time.time()
-        self._begin("restore" if staged is None else "confirm", self._weights.confirm)
+        self._begin("restore" if staged is None else "confirm", self._served.confirm)
 
     def _finish(self, error: LivedraftError | None, stall_s: float = 0.0) -> None:
         """Answer whoever asked, on the leading rank."""
         self._step = self._work = self._failure = None
-        if self._answer is None:
+        if self._answer is None or self._answer.done():
             return
         if error is not None:
             self._answer.set_exception(error)

@@ -125,13 +125,14 @@ class Plugin:
         self._surface.prove()
         self._scheduler = scheduler
         rank, gather = collective(scheduler.tp_cpu_group)
+        self._exchange.join(gather)
         if rank == 0:
             self._listen(server_args)
         if (reason := unsupported(scheduler, server_args)) is not None:
             for feature in self._features:
                 feature.switch_off(reason)
         else:
-            self._connect(scheduler, gather)
+            self._connect(scheduler)
         threading.Thread(target=self._prepare, args=(scheduler, server_args, rank), name=NAME, daemon=True).start()
 
     def _listen(self, server_args: Any) -> None:
@@ -145,7 +146,7 @@ class Plugin:
             return
         log.info("livedraft administers this engine at %s:%d", settings.admin_host, server.port)
 
-    def _connect(self, scheduler: Any, gather: Gather) -> None:
+    def _connect(self, scheduler: Any) -> None:
         from livedraft.serving.sglang.drafter import ServedDrafter
         from livedraft.serving.sglang.weights import LiveWeights
 
@@ -159,7 +160,7 @@ class Plugin:
         if (folder := Path(worker.draft_runner.model_config.model_path)).joinpath("manifest.json").exists():
             self._drafting.version = folder.name
         self._drafter = ServedDrafter(live, model.config, worker.hot_token_id, self._drafting)
-        self._exchange.connect(self._drafter, gather)
+        self._exchange.connect(self._drafter)
 
     def _prepare(self, scheduler: Any, server_args: Any, rank: int) -> None:
         """Read the target's files and hold the drafter against its own; requests are served meanwhile."""

@@ -41,7 +41,8 @@ def main(rank: int, meeting: str) -> None:
     exchange = Exchange(drafting)
     own_rank, gather = collective(dist.group.WORLD)
     assert own_rank == rank
-    exchange.connect(weights, gather)
+    exchange.join(gather)
+    exchange.connect(weights)
     hooks = {hook.target: hook.around for hook in exchange.hooks}
     done = threading.Event()
     answers: list[str] = []

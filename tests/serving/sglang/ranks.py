@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from livedraft.contracts.errors import DrafterRejected
@@ -75,7 +76,8 @@ class Ranks:
         self._running = True
         self._busy_now = busy
         for rank, exchange in enumerate(self.exchanges):
-            exchange.connect(weights[rank], lambda value, rank=rank: self._gather(rank, value))
+            exchange.join(partial(self._gather, rank))
+            exchange.connect(weights[rank])
 
     @contextmanager
     def turning(self) -> Iterator[Exchange]:

@@ -77,6 +77,15 @@ def test_one_rank_that_fails_brings_all_back(step: str, failing: int) -> None:
     assert ranks.batches[0] == ranks.batches[1]
 
 
+def test_a_rank_that_has_nothing_to_swap_is_a_failed_swap_for_all() -> None:
+    ranks = Ranks(FakeWeights(), FakeWeights())
+    ranks.exchanges[1]._weights = None
+    ranks.exchanges[1].feature.switch_off("parameter model.fc.weight is of type torch.int8")
+    with ranks.turning() as exchange, pytest.raises(SwapFailed, match=r"torch\.int8"):
+        exchange.swap(B)
+    assert {stamped for stamped, _ in ranks.batches[0]} == {"a"}
+
+
 def test_an_exception_that_nobody_foresaw_is_a_failed_swap() -> None:
     ranks = Ranks(FakeWeights(stage=ZeroDivisionError("so much for that")))
     with ranks.turning() as exchange, pytest.raises(SwapFailed, match="ZeroDivisionError: so much for that"):
