@@ -82,8 +82,8 @@ class Weights(Protocol):
     def settle(self) -> None:
         """Wait for the last batch to leave the device: the copy will not be ordered behind it."""
 
-    def apply(self, staged: Staged) -> None:
-        """Copy in, on the scheduler's thread."""
+    def apply(self, staged: Any) -> None:
+        """Copy in what ``stage`` returned, on the scheduler's thread."""
 
     def confirm(self) -> float:
         """Seconds that copying took, once the engine holds what was copied last.  Raises SwapFailed."""

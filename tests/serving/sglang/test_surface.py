@@ -14,7 +14,7 @@ WORKER = "fake_sglang.worker.Worker"
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> type:
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in for SGLang's worker, importable by its dotted name."""
 
     class Worker:
@@ -55,14 +55,16 @@ class Registry:
             setattr(owner, name, functools.wraps(original)(wrapper))
 
 
-def hooked(around: Callable[..., Any], target: str = f"{WORKER}.forward", relies_on: tuple[str, ...] = ("batch",)):
+def hooked(
+    around: Callable[..., Any], target: str = f"{WORKER}.forward", relies_on: tuple[str, ...] = ("batch",)
+) -> tuple[Registry, Surface, Feature]:
     registry, feature = Registry(), Feature("capture")
     surface = Surface(registry.register)
     surface.set([Hook(target, around, relies_on, feature)])
     return registry, surface, feature
 
 
-def test_a_hook_sees_the_call_and_its_result(worker: type) -> None:
+def test_a_hook_sees_the_call_and_its_result(worker: Any) -> None:
     seen = []
 
     def around(original: Any, self: Any, batch: int, **kwargs: Any) -> Any:
@@ -80,7 +82,7 @@ def test_a_hook_sees_the_call_and_its_result(worker: type) -> None:
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_an_exception_of_ours_fails_no_call_and_switches_off(worker: type, early: bool) -> None:
+def test_an_exception_of_ours_fails_no_call_and_switches_off(worker: Any, early: bool) -> None:
     def around(original: Any, self: Any, batch: int) -> Any:
         if not early:
             original(self, batch)
@@ -97,7 +99,7 @@ def test_an_exception_of_ours_fails_no_call_and_switches_off(worker: type, early
     assert feature.failures == 1, "it is not asked again"
 
 
-def test_an_exception_of_the_original_passes_through_and_blames_nobody_else(worker: type) -> None:
+def test_an_exception_of_the_original_passes_through_and_blames_nobody_else(worker: Any) -> None:
     def around(original: Any, self: Any, batch: int) -> Any:
         return original(self, batch)
 
@@ -108,7 +110,7 @@ def test_an_exception_of_the_original_passes_through_and_blames_nobody_else(work
     assert feature.on
 
 
-def test_the_originals_exception_wins_over_ours(worker: type) -> None:
+def test_the_originals_exception_wins_over_ours(worker: Any) -> None:
     def around(original: Any, self: Any, batch: int) -> Any:
         try:
             return original(self, batch)
@@ -133,7 +135,7 @@ def test_the_originals_exception_wins_over_ours(worker: type) -> None:
     ],
 )
 def test_a_hook_that_does_not_fit_is_not_set_and_says_why(
-    worker: type, target: str, relies_on: tuple[str, ...], reason: str
+    worker: Any, target: str, relies_on: tuple[str, ...], reason: str
 ) -> None:
     registry, _, feature = hooked(lambda original, *args: original(*args), target, relies_on)
     assert not registry.registered
@@ -142,14 +144,14 @@ def test_a_hook_that_does_not_fit_is_not_set_and_says_why(
         raise AssertionError(feature.reason)
 
 
-def test_a_hook_that_is_not_needed_may_be_missing(worker: type) -> None:
+def test_a_hook_that_is_not_needed_may_be_missing(worker: Any) -> None:
     registry, feature = Registry(), Feature("capture")
     Surface(registry.register).set([Hook(f"{WORKER}.abort", lambda original: None, ("batch",), feature, needed=False)])
     assert feature.on
     assert not registry.registered
 
 
-def test_of_several_hooks_the_last_is_outermost(worker: type) -> None:
+def test_of_several_hooks_the_last_is_outermost(worker: Any) -> None:
     order = []
 
     def named(name: str) -> Callable[..., Any]:
@@ -168,14 +170,14 @@ def test_of_several_hooks_the_last_is_outermost(worker: type) -> None:
     assert order == ["outer", "inner"]
 
 
-def test_a_hook_that_was_registered_but_never_applied_is_found_out(worker: type) -> None:
+def test_a_hook_that_was_registered_but_never_applied_is_found_out(worker: Any) -> None:
     _, surface, feature = hooked(lambda original, *args: original(*args))
     surface.prove()
     assert feature.reason is not None
     assert "did not set the hook" in feature.reason
 
 
-def test_a_signature_is_read_through_another_plugins_hook(worker: type) -> None:
+def test_a_signature_is_read_through_another_plugins_hook(worker: Any) -> None:
     registry, *_ = hooked(lambda original, *args: original(*args))
     registry.apply()
     check_signature("forward", worker.forward, ("batch", "on_publish"))
