@@ -39,7 +39,7 @@ class Specification:
         self._ended: queue.Queue[str] = queue.Queue()
         threads = torch.get_num_threads()
         self._engine = LocalEngine(
-            Engine(draft_depth=STEPS, adaptive_depth=False, **settings), drafter=drafter, sink=self
+            Engine(**{"draft_depth": STEPS, "adaptive_depth": False} | settings), drafter=drafter, sink=self
         )
         torch.set_num_threads(threads)
         self._number = 0
@@ -136,9 +136,11 @@ def specification(trained_drafter: Path) -> Iterator[Specification]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[tuple[Server, Relay]]:
     arguments = [f"--chunked-prefill-size={CHUNK}"]
-    environment = {"LIVEDRAFT_TRACES__OPTED_OUT": '["discreet"]'}
     folder = tmp_path_factory.mktemp("capture")
-    with capturing(folder, Speculation(trained_drafter, steps=STEPS), arguments, **environment) as served:
+    config = folder / "livedraft.toml"
+    config.write_text('[traces]\nopted_out = ["discreet"]\n')
+    speculation = Speculation(trained_drafter, steps=STEPS)
+    with capturing(folder, speculation, arguments, LIVEDRAFT_CONFIG=str(config)) as served:
         yield served
 
 
@@ -159,24 +161,18 @@ def test_a_long_prompt_in_chunks_and_again_from_the_cache(
     chain: tuple[Server, Relay], specification: Specification, prompts: list[str]
 ) -> None:
     longest = "\n".join(prompts)
-    prompt = specification.encode(longest)[: 3 * CHUNK + 5]
-    longest = json.loads(json.dumps(_decode(longest, specification, len(prompt))))
+    while len(specification.encode(longest)) > 3 * CHUNK + 5:
+        longest = longest[: -max(1, len(longest) // 50)]
     expected = specification.traces([longest])[0]
-    known = len(to_numpy(expected.prompt))
-    assert known > 2 * CHUNK
+    length = len(to_numpy(expected.prompt))
+    assert length > 2 * CHUNK
     server, relay = chain
-    for name, start in (("cold", 0), ("cached", known - 1)):
+    # SGLang computes the last token anew, and for a drafter the one before.
+    for name, start in (("cold", range(CHUNK)), ("cached", range(length - 2, length))):
         told = ask_together(server, relay, [longest], name)[0]
-        assert told.features.start >= start
+        assert told.features.start in start
         assert_same_rounds(told, expected, steps=STEPS)
         assert_same_features(told, expected)
-
-
-def _decode(text: str, specification: Specification, tokens: int) -> str:
-    """As much of ``text`` as some ``tokens`` tokens."""
-    while len(specification.encode(text)) > tokens:
-        text = text[: -max(1, len(text) // 50)]
-    return text
 
 
 def test_a_round_cut_by_a_stop_string(
@@ -259,19 +255,22 @@ def test_a_relay_that_is_gone_costs_nothing(chain: tuple[Server, Relay], prompts
     assert all(len(answer["output_ids"]) == TOKENS for answer in answers)
 
 
-def test_trees_are_those_of_the_embedded_engine(tmp_path: Path, trained_drafter: Path, prompts: list[str]) -> None:
-    nodes = 8
+@pytest.mark.parametrize("steps", [2, 3])
+def test_trees_are_those_of_the_embedded_engine(
+    tmp_path: Path, trained_drafter: Path, prompts: list[str], steps: int
+) -> None:
+    nodes, exact = 8, 2
     with (
-        capturing(tmp_path, Speculation(trained_drafter, steps=STEPS, topk=4, nodes=nodes)) as (server, relay),
-        specified(trained_drafter, tree_topk=4, tree_nodes=nodes - 1) as specification,
+        capturing(tmp_path, Speculation(trained_drafter, steps=steps, topk=4, nodes=nodes)) as (server, relay),
+        specified(trained_drafter, draft_depth=steps, tree_topk=4, tree_nodes=nodes - 1) as specification,
     ):
         traces = ask_together(server, relay, prompts, "tree")
-        branches = 0
+        rounds = [r for told in traces for r in rounds_of(told)]
         for told, expected in zip(traces, specification.traces(prompts), strict=True):
-            assert_same_rounds(told, expected, steps=STEPS)
-            assert_same_features(told, expected)
-            branches += sum(len({line[0] for line in r.nodes}) > 1 for r in rounds_of(told))
-        assert branches
+            assert_same_rounds(told, expected, steps=steps, exact=exact)
+            assert_same_target(told, expected)
+    assert any(len({line[0] for line in r.nodes}) > 1 for r in rounds)
+    assert any(len(r.committed) == steps + 1 for r in rounds)
 
 
 def test_retraction_and_changing_depths(
