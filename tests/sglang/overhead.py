@@ -39,8 +39,11 @@ def main() -> None:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
         relay = held.enter_context(contextlib.closing(Relay()))
         where = {"LIVEDRAFT_TRACES__URL": relay.url}
-        ours = held.enter_context(serving(folder, speculation, environment=where, plugins=["livedraft"]))
-        plain = held.enter_context(serving(folder, speculation))
+        resting = ["--sleep-on-idle"]  # else a server without work takes a core from the other one
+        ours = held.enter_context(
+            serving(folder, speculation, arguments=resting, environment=where, plugins=["livedraft"])
+        )
+        plain = held.enter_context(serving(folder, speculation, arguments=resting))
         kinds = {"plain": (plain, {}), "untraced": (ours, {"traced": False}), "traced": (ours, {})}
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for repeat in range(-1, asked.repeats):  # the first is for warmth

@@ -171,7 +171,9 @@ def test_a_trace_says_what_was_served(rng: random.Random, prompt: int, rounds: i
     numbered = [{0: -1} | {node: at for at, node in enumerate(tree.kept)} for tree in trees]
     kept = [(tree, node, number) for tree, number in zip(trees, numbered, strict=True) for node in tree.kept]
     assert to_numpy(made.rounds.tokens).tolist() == [tree.tokens[node] for tree, node, _ in kept]
-    assert to_numpy(made.rounds.parents).tolist() == [number[tree.parents[node - 1]] for tree, node, number in kept]
+    assert to_numpy(made.rounds.parents).tolist() == [
+        number[tree.parents[node - 1] or 0] for tree, node, number in kept
+    ]
     assert to_numpy(made.rounds.accepted).tolist() == [int(node in tree.path) for tree, node, _ in kept]
     assert to_float32(made.rounds.logprobs).tolist() == [-0.5 * node for _, node, _ in kept]
     with_roots = [(tree, node) for tree in trees for node in (0, *tree.kept)]

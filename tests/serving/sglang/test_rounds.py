@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +61,8 @@ class Drafter:
         hooks = [*tap.hooks, *Proposals(self.feature, tap, lambda: self.wanted).hooks]
         self._hooks = {hook.target.rpartition(".")[2]: hook for hook in hooks}
 
-    def call(self, name: str, original: object, *args: object) -> object:
-        return guarded(self._hooks[name], original, *args)  # type: ignore[arg-type]
+    def call(self, name: str, original: Callable[..., Any], *args: Any) -> Any:
+        return guarded(self._hooks[name], original, *args)
 
     def draft(self, first: torch.Tensor) -> torch.Tensor | None:
         """The log-probabilities that come out; ``first`` [B, topk] probabilities of the first step."""
@@ -75,7 +77,8 @@ class Drafter:
             return None, torch.tensor([[0, 1, 3, 5], [0, 1, 2, 5]]), torch.zeros(2, 4), None
 
         batch = SimpleNamespace(spec_info=SimpleNamespace(topk_p=first))
-        return self.call("draft_forward", forward, self, batch)[3]  # type: ignore[index]
+        told: torch.Tensor | None = self.call("draft_forward", forward, self, batch)[3]
+        return told
 
 
 def _output(logits: torch.Tensor) -> SimpleNamespace:
