@@ -352,7 +352,7 @@ class Capture:
         if recording is not None:
             recording.lost = reason
             self._close_recording(recording)
-            self._count_lost(reason)
+            self._count_lost(reason, f"request {recording.request_id}, with {self._budget.held} bytes waiting")
 
     def _close_recording(self, recording: Recording) -> None:
         self._open.discard(recording)
@@ -360,9 +360,9 @@ class Capture:
         if recording.lost:
             self._budget.release(recording)
 
-    def _count_lost(self, reason: str) -> None:
+    def _count_lost(self, reason: str, detail: str) -> None:
         if not self._lost[reason]:
-            log.warning("a trace was dropped: %s (told once)", reason)
+            log.warning("a trace was dropped, %s: %s (told once)", reason, detail)
         self._lost[reason] += 1
 
     def _suits(self, worker: Any) -> bool:
@@ -512,8 +512,7 @@ class Capture:
         try:
             made = trace(ended.recording, source, ended.prompt, ended.output, ended.reason)
         except Torn as problem:
-            log.warning("trace of request %s dropped: %s", ended.recording.request_id, problem)
-            self._count_lost("torn")
+            self._count_lost("torn", f"request {ended.recording.request_id}: {problem}")
             return
         sink.offer(made)
 

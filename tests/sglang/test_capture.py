@@ -9,15 +9,18 @@ import contextlib
 import json
 import queue
 import socket
+import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from livedraft.contracts.messages import Delta, Generation, Sampling, Trace
+from livedraft.contracts.messages import Delta, EngineStatus, Generation, Sampling, Trace
 from livedraft.contracts.settings import Engine
 from livedraft.serving.local.engine import LocalEngine
 from livedraft.traces.arrays import to_float32, to_numpy
@@ -304,4 +307,26 @@ def test_too_little_room_gives_up_the_youngest(
         assert all(len(answer["output_ids"]) == TOKENS for answer in answers)
         told = ask_together(server, relay, prompts[:1], "alone")[0]
         assert_same_rounds(told, specification.traces(prompts[:1])[0], steps=STEPS)
-        assert 0 < sum(relay.has(f"room-{n}") for n in range(len(prompts))) < len(prompts)
+        kept = sum(relay.has(f"room-{n}") for n in range(len(prompts)))
+        assert 0 < kept < len(prompts)
+        assert_counted(server, dropped=len(prompts) - kept)
+        relay.close()
+        for _ in range(4):
+            server.generate(prompts[0], max_new_tokens=TOKENS)
+        assert_counted(server, dropped=len(prompts) - kept + 1)
+
+
+def assert_counted(server: Server, *, dropped: int) -> None:
+    """The plugin's status tells of at least as many traces that were not sent; a sink counts a moment later."""
+    address = urllib.parse.urlparse(server.url)
+    assert address.port is not None
+    deadline = time.monotonic() + 20
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{address.port + 1}/admin/status", timeout=10) as answer:
+            status = msgspec.json.decode(answer.read(), type=EngineStatus)
+        assert status.capture
+        assert status.traces_offered >= status.traces_dropped
+        if status.traces_dropped >= dropped:
+            break
+        assert time.monotonic() < deadline, f"{status.traces_dropped} traces dropped, expected {dropped}"
+        time.sleep(0.2)
