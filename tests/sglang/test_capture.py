@@ -311,7 +311,7 @@ def test_too_little_room_gives_up_the_youngest(
         assert 0 < kept < len(prompts)
         assert_counted(server, dropped=len(prompts) - kept)
         relay.close()
-        for _ in range(4):
+        for _ in range(12):
             server.generate(prompts[0], max_new_tokens=TOKENS)
         assert_counted(server, dropped=len(prompts) - kept + 1)
 
