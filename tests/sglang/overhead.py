@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from livedraft.cli.prompts import held_out_prompts
-from livedraft.cli.provenance import provenance
 
 from .relay import Relay
 from .server import Server, Speculation, serving
@@ -57,7 +58,8 @@ def main() -> None:
         "overhead_in_all": _overhead(rates["plain"], rates["traced"]),
         "repeats": asked.repeats,
         "topk": asked.topk,
-        "provenance": provenance(),
+        "versions": {name: importlib.metadata.version(name) for name in ("sglang", "torch")},
+        "cores": os.cpu_count(),
     }
     json.dump(report, sys.stdout, indent=2)
 
