@@ -32,7 +32,8 @@ setup-sglang: $(SGLANG_VENV)/.ready-$(SGLANG_KEY)  ## make the environment with 
 
 # Packages are put in place whole, since another checkout may be doing the same.
 $(SGLANG_VENV)/.ready-$(SGLANG_KEY): pyproject.toml
-	$(PYTHON) -m venv --clear $(SGLANG_VENV)
+	rm -f $(SGLANG_VENV)/.ready-*
+	$(PYTHON) -m venv $(SGLANG_VENV)
 	test -d $(SGLANG_PACKAGES) || ( \
 	  mkdir -p $(SGLANG_CACHE) && new=$$(mktemp -d -p $(SGLANG_CACHE)) && trap "rm -rf $$new" EXIT && \
 	  $(SGLANG_VENV)/bin/pip install --quiet --target $$new torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) && \

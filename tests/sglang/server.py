@@ -99,11 +99,6 @@ class Server:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.generate(prompt, **options), prompts))
 
-    @property
-    def last_lines(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-
 
 @contextlib.contextmanager
 def serving(
@@ -117,7 +112,8 @@ def serving(
 ) -> Iterator[Server]:
     """A server with its log in ``folder`` until the block ends; ``plugins`` are the entry points that it loads.
 
-    Prefixes are cached and 8 requests run at once, unless ``arguments`` say otherwise.
+    Prefixes are cached and 8 requests run at once, unless ``arguments`` say otherwise.  Raises RuntimeError with the
+    end of the log when it does not start, or does not stop.
     """
     port = free_port()
     command = [
@@ -154,7 +150,7 @@ def serving(
         _await_health(server)
         yield server
     finally:
-        _stop(process)
+        _stop(server)
 
 
 def free_port() -> int:
@@ -164,23 +160,32 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def _failure(server: Server, what: str) -> RuntimeError:
+    end = server.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    return RuntimeError("\n".join([f"SGLang {what}; {server.log}:", *end]))
+
+
 def _await_health(server: Server) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         if (status := server.process.poll()) is not None:
-            raise RuntimeError(f"SGLang ended with status {status}; {server.log}:\n{server.last_lines}")
+            raise _failure(server, f"ended with status {status}")
         with contextlib.suppress(OSError):  # HTTPError is one: 503 while it starts
             urllib.request.urlopen(f"{server.url}/health", timeout=10).close()
             return
         time.sleep(0.25)
-    raise RuntimeError(f"SGLang did not answer within {_START_S:.0f} s; {server.log}:\n{server.last_lines}")
+    raise _failure(server, f"did not answer within {_START_S:.0f} s")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(server: Server) -> None:
     """SIGTERM to the server, which ends its processes; SIGKILL to whatever of them is left."""
+    process = server.process
     process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         process.wait(_STOP_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    except subprocess.TimeoutExpired:
+        raise _failure(server, f"went on for {_STOP_S:.0f} s after SIGTERM") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
