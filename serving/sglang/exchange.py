@@ -28,12 +28,14 @@ from typing import Any, Literal, Protocol
 from livedraft.contracts.errors import DrafterRejected, LivedraftError, SwapFailed
 from livedraft.contracts.messages import SwapReceipt, SwapRequest
 from livedraft.serving.sglang.identity import Drafting
-from livedraft.serving.sglang.surface import BROADCAST, ROUND, Feature, Hook
+from livedraft.serving.sglang.surface import BROADCAST, REST, ROUND, Feature, Hook
 
 log = logging.getLogger(__name__)
 
 #: OS niceness of the threads that read, lay out and compare: the batches go first.
 _NICE = 10
+#: Seconds that an idle scheduler rests in the middle of a swap, leaving the core to whoever stages.
+_REST_S = 0.001
 #: Seconds until a rank that was not ready is asked again.
 _ASK_AGAIN_S = 0.02
 #: Seconds that whoever asked for a swap waits for the loop; a checkpoint is read from a slow disk in less.
@@ -113,6 +115,7 @@ class Exchange:
         self.hooks = [
             Hook(BROADCAST, self._around_broadcast, ("recv_reqs",), self.transport),
             Hook(ROUND, self._around_round, ("batch",), self.transport),
+            Hook(REST, self._around_rest, (), self.transport, needed=False),
         ]
         self._drafting = drafting
         self._weights: Weights | None = None
@@ -183,6 +186,13 @@ class Exchange:
             except Exception as error:
                 self._give_up(error)
         return original(worker, batch, *args, **kwargs)
+
+    def _around_rest(self, original: Callable[..., Any], sleeper: Any, *args: Any, **kwargs: Any) -> Any:
+        """No rest in the middle of a swap, each step of which is a turn of the loop."""
+        if not self._orders and self._step is None:
+            return original(sleeper, *args, **kwargs)
+        time.sleep(_REST_S)
+        return None
 
     def _turn(self, orders: Sequence[Order]) -> None:
         if self._armed is not None and self._waited:  # a whole turn without a batch: nothing new runs

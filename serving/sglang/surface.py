@@ -43,6 +43,8 @@ ROUND = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.forward_batch_gene
 BROADCAST = (
     "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks"
 )
+#: What rests an idle scheduler for a second, with ``--sleep-on-idle``.  ``(sleeper)``.
+REST = "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep"
 #: ``(scheduler, server_args, ...)``.
 CONSTRUCTION = "sglang.srt.managers.scheduler.Scheduler.__init__"
 

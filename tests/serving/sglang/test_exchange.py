@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from livedraft.contracts.errors import DrafterRejected, SwapFailed
 from livedraft.contracts.messages import SwapRequest
-from livedraft.serving.sglang.exchange import Exchange
+from livedraft.serving.sglang.exchange import Exchange, Order
 from livedraft.serving.sglang.identity import Drafting
+from livedraft.serving.sglang.surface import REST
 
 from .ranks import FakeWeights, Ranks
 
@@ -37,6 +38,16 @@ def test_all_ranks_exchange_at_the_same_batch(size: int, busy: bool) -> None:
     assert all(weights.settled == (not busy) for weights in ranks.weights), "only where no batch orders the copy"
     if busy:
         assert {stamped for stamped, _ in ranks.batches[0]} == {"a", "b"}
+
+
+def test_an_idle_scheduler_rests_except_in_the_middle_of_a_swap() -> None:
+    ranks, rests = Ranks(FakeWeights(), busy=False), list[bool]()
+    (rest,) = [hook.around for hook in ranks.exchanges[0].hooks if hook.target == REST]
+    rest(lambda sleeper: rests.append(True), None)
+    assert rests == [True]
+    ranks.exchanges[0]._orders.append(Order())
+    rest(lambda sleeper: rests.append(True), None)
+    assert rests == [True]
 
 
 def test_requests_pass_beside_the_orders() -> None:
