@@ -52,6 +52,7 @@ def main() -> None:
                 rate = _rate(*kinds[kind])
                 if repeat >= 0:
                     rates[kind].append(rate)
+            sys.stderr.write(f"{repeat + 1} of {asked.repeats}: {[r[-1:] for r in rates.values()]}\n")
     report = {
         "tokens_per_second": {kind: round(statistics.median(r), 1) for kind, r in rates.items()},
         "overhead_of_capture": _overhead(rates["untraced"], rates["traced"]),
