@@ -84,16 +84,14 @@ class Replay:
         """A batch of ``size`` traces, no recent one twice.  Call only while ``can_sample(size)``.
 
         At most ``fresh_share`` of it (the constructor's by default) is new while used ones are left to fill the rest,
-        least used first.
+        any of them alike: to draw the least used first would be to learn the latest few over and over.
         """
         share = self._fresh_share if fresh_share is None else fresh_share
         rehearsed = self._rehearse(self._rehearsals(size), rng)
         usable = self._usable()
         new = [kept for kept in usable if kept.uses == 0]
-        # Shuffled before a stable sort: ties break at random.
         used = [kept for kept in usable if kept.uses]
         rng.shuffle(used)
-        used.sort(key=lambda kept: kept.uses)
         wanted = size - len(rehearsed)
         fresh = max(math.ceil(size * share), wanted - len(used))
         self.new = min(len(new), fresh, wanted)

@@ -68,7 +68,7 @@ def test_it_sleeps_when_everything_is_used_up(drafter: Drafter, random_trace: Tr
     deliver(found, *(random_trace(n) for n in range(4)))
     while found.can_learn:
         found.step()
-    assert found.steps == 4 * 3 // 2
+    assert 4 <= found.steps <= 4 * 3 // 2  # until fewer are left than fill a batch
     deliver(found, random_trace(7), random_trace(8))
     assert found.can_learn
 
