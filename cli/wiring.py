@@ -316,8 +316,8 @@ def control(settings: Settings, stop: threading.Event) -> None:
     from livedraft.swap.remembered import RememberedReplay
     from livedraft.trainer.evaluate import DraftReplay
 
-    # Replays are short but wide: above the trainer's priority, below serving's.
-    os.nice(5)
+    # Replays are short but wide: above the trainer's priority, far below serving's.
+    os.nice(10)
     torch.set_num_threads(1)
     swap = settings.swap
     rules = GateRules(

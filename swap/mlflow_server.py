@@ -29,7 +29,7 @@ from livedraft.contracts.errors import RegistryUnavailable, SettingsError
 #: Telemetry would call out; job execution costs a third process and a quarter of a gigabyte.
 _ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 #: OS niceness: serving goes first.
-_NICE = 5
+_NICE = 10
 
 
 class MlflowServer:

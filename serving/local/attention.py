@@ -65,28 +65,23 @@ def layout(
     if len(starts) == 1 and ancestors is None:
         return _one_chain(cache, rotary, slot, starts[0], rows, groups)
     batch = len(starts)
-    device = cache.data.device
-    first = torch.tensor(starts, device=device)
-    index = torch.arange(rows, device=device)
-    stands = first[:, None] + index  # [B, R] place in the cache
+    first = torch.tensor(starts, device=cache.data.device)[:, None]
+    stands = first + cache.places[:rows] if rows > 1 else first  # [B, R] place in the cache
     length = min(cache.length, max(starts) + rows)
-    turned = stands if depths is None else first[:, None] + depths
-    slots = torch.arange(slot, slot + batch, device=device)[:, None] * cache.kv_heads * cache.length
-    places = torch.arange(length, device=device)
-    hidden = places > stands[..., None]  # [B, R, L]
+    turned = stands if depths is None else first + depths
+    hidden = cache.places[:length] > stands[..., None]  # [B, R, L]
     if ancestors is not None:
         for b, start in enumerate(starts):
             hidden[b, :, start : start + rows] = ~ancestors[b]
-    mask = torch.zeros(batch, rows, length, device=device).masked_fill_(hidden, float("-inf"))
-    if groups > 1:
-        mask = mask.repeat_interleave(groups, dim=1)
-    if cache.kv_heads > 1:
-        mask = mask.repeat_interleave(cache.kv_heads, dim=0)
+    mask = torch.where(hidden, cache.never, cache.always)
+    if groups > 1 or cache.kv_heads > 1:  # each row for every query head: a view, where there is one row only
+        shape = (batch, cache.kv_heads, rows, groups, length)
+        mask = mask[:, None, :, None].expand(shape).reshape(batch * cache.kv_heads, rows * groups, length)
     keys, values = cache.views(slot, batch, length)
     return Layout(
         batch=batch,
         rotations=rotary.table[turned.flatten()][:, None],
-        rows=cache.rows((slots + stands).flatten()),
+        rows=cache.rows((cache.starts[slot : slot + batch] + stands).flatten()),
         mask=mask,
         keys=keys,
         values=values,

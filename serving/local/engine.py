@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,8 +40,6 @@ NAME = "local"
 _PREFILL_ROWS = 256
 #: Committed positions the drafter may be behind before it reads them on its own rather than with the batch.
 _BEHIND = 16
-#: OS niceness of the thread that verifies and lays out a drafter.
-_STAGING_NICE = 10
 #: Strata counted apart for each drafter: clients choose the domains' names.
 _STRATA = 64
 
@@ -225,12 +220,13 @@ class LocalEngine:
             self._changed.notify()
 
     def swap(self, request: SwapRequest) -> SwapReceipt:
-        """Verify and lay out a checkpoint behind the engine's back, exchange it between two steps of the engine's."""
+        """Verify and lay out a checkpoint on the caller's thread, exchange it between two steps of the engine's.
+
+        Not at a lower priority: a thread that waits for a processor with the interpreter's lock in hand holds up all.
+        """
         if self._drafter is None:
             raise SwapFailed("this engine was started without a drafter")
-        like = self._drafter.weights
-        with ThreadPoolExecutor(1, "staging", _yield_to_serving) as staging:
-            weights = staging.submit(self._load, Path(request.path), request.version, like).result()
+        weights = self._load(Path(request.path), request.version, self._drafter.weights)
         if weights.checksum != request.checksum:
             raise SwapFailed(f"checksum of {request.path} is {weights.checksum[:12]}, expected {request.checksum[:12]}")
         done, receipts = threading.Event(), list[SwapReceipt]()
@@ -270,7 +266,8 @@ class LocalEngine:
             while self._wait():
                 self._exchange_drafter()
                 self._drop_cancelled()
-                self._admit()
+                while self._admit() and not any(running.rounds for running in self._running):
+                    pass  # nobody's answer has begun to flow: those that came together begin together
                 if self._running:
                     self._round()
         except BaseException as error:
@@ -327,11 +324,14 @@ class LocalEngine:
                 running.emit(self._delta(running, (), running.text.finish(()), ()))
         self._retire()
 
-    def _admit(self) -> None:
-        """Prefill one waiting request: others wait for at most one prompt between two of their tokens."""
+    def _admit(self) -> bool:
+        """Prefill one waiting request, if there is one and room for it.
+
+        One before each round: those whose answers flow wait for at most one prompt between two of their tokens.
+        """
         with self._changed:
             if not self._waiting or len(self._running) >= self._settings.max_running:
-                return
+                return False
             request, emit = self._waiting.popleft()
         traced = self._capture is not None and request.traced and self._admit_trace(request)
         running = _Running(
@@ -352,12 +352,13 @@ class LocalEngine:
             running.unread.append(features)
             if running.recording:
                 running.recording.features.append(features)
-        _, token = self._verdict(running, EMPTY, logits)
+        token = int(logits.argmax()) if running.kind == "greedy" else self._drawn(running, EMPTY, logits)[1]
         if running.recording:
             running.recording.add(running.prompt_length - 1, EMPTY, (), token, self._version, logits)
         self._output_tokens += 1
         self._commit(running, [token], logits, [0])
         self._retire()
+        return True
 
     def _round(self) -> None:
         """One verify round of every running request: draft, verify, commit."""
@@ -374,9 +375,13 @@ class LocalEngine:
             self._depth.costs(len(running), rows - 1, drafted - started, verified - drafted)
         best = logits.argmax(-1).tolist() if any(r.kind == "greedy" for r in running) else []
         for b, (request, proposal) in enumerate(zip(running, proposals, strict=True)):
-            mine = slice(b * rows, b * rows + 1 + len(proposal))
-            path, bonus = self._verdict(request, proposal, logits[mine], best[mine])
-            self._settle(b, request, proposal, path, bonus, logits[mine], features[mine])
+            first = b * rows
+            if request.kind == "greedy":
+                mine = best[first : first + 1 + len(proposal)]
+                path, bonus = verify_greedy(mine, proposal.tokens, proposal.parents)
+            else:
+                path, bonus = self._drawn(request, proposal, logits[first : first + 1 + len(proposal)])
+            self._settle(b, request, proposal, path, bonus, logits, features, first)
         self._retire()
 
     def _propose(self, depth: int) -> list[Proposal]:
@@ -399,18 +404,23 @@ class LocalEngine:
         )
 
     def _catch_up(self, drafter: Drafter) -> Tensor:
-        """Let the drafter read what was committed since it last drafted; returns its outputs [B, H] at the ends."""
+        """Let the drafter read what was committed since it last drafted; returns its outputs [B, H] at the ends.
+
+        In pieces of few sizes: oneDNN makes a kernel for every number of rows that it has not met, which takes several
+        times as long as the product, and all requests wait for it.
+        """
         running = self._running
         for slot, r in enumerate(running):
             while (behind := len(r.tokens) - 1 - r.unread_from) > _BEHIND:
                 unread = torch.cat(r.unread)
-                n = min(behind - 1, _PREFILL_ROWS)
+                n = min(1 << ((behind - 1).bit_length() - 1), _PREFILL_ROWS)
                 ahead = torch.tensor(r.tokens[r.unread_from + 1 : r.unread_from + 1 + n])
                 drafter.extend(unread[:n], ahead, [r.unread_from], torch.tensor([n - 1]), slot)
                 r.unread, r.unread_from = [unread[n:]], r.unread_from + n
         starts = [r.unread_from for r in running]
         counts = [len(r.tokens) - 1 - r.unread_from for r in running]
         rows = max(counts)
+        rows = rows if rows <= _BEHIND // 2 else _BEHIND
         following: list[int] = []
         features: list[Tensor] = []
         for r, n in zip(running, counts, strict=True):
@@ -429,14 +439,9 @@ class LocalEngine:
         where = self.target.layout(starts, rows, depths=depths, ancestors=ancestors)
         return self.target.forward(torch.tensor(tokens), where)
 
-    def _verdict(
-        self, running: _Running, proposal: Proposal, logits: Tensor, best: Sequence[int] | None = None
-    ) -> tuple[list[int], int]:
-        """Accepted nodes and the bonus token; logits [n + 1, V]."""
+    def _drawn(self, running: _Running, proposal: Proposal, logits: Tensor) -> tuple[list[int], int]:
+        """Accepted nodes and the bonus token of a request that samples; logits [n + 1, V]."""
         s = running.request.sampling
-        if s.temperature == 0:
-            best = logits.argmax(-1).tolist() if best is None else best
-            return verify_greedy(best, proposal.tokens, proposal.parents)
         p = distribution(logits, s.temperature, s.top_k, s.top_p)
         if proposal.q is None:
             return verify_tree(p, proposal.tokens, proposal.parents, running.rng.random)
@@ -452,20 +457,23 @@ class LocalEngine:
         bonus: int,
         logits: Tensor,
         features: Tensor,
+        first: int,
     ) -> None:
-        """Make a verdict the request's new state."""
+        """Make a verdict the request's new state; its rows of logits and features begin at ``first``."""
         root = len(running.tokens) - 1
-        rows = [0, *(node + 1 for node in path)]
-        states = features[rows] if proposal.tree else features[: len(rows)]
+        rows = [first, *(first + 1 + node for node in path)]
         if proposal.tree:
-            self.target.cache.keep(slot, root + 1, [root + row for row in rows[1:]])
+            self.target.cache.keep(slot, root + 1, [root + 1 + node for node in path])
         running.rounds += 1
         running.drafter = self._version if len(proposal) else ""
-        if self._drafter:
-            running.unread.append(states)
-        if running.recording:
-            running.recording.add(root, proposal, path, bonus, self._version, logits)
-            running.recording.features.append(states)
+        if self._drafter or running.recording:  # else nobody reads them, and a slice for each request shows
+            states = features[rows] if proposal.tree else features[first : first + len(rows)]
+            if self._drafter:
+                running.unread.append(states)
+            if running.recording:
+                mine = logits[first : first + 1 + len(proposal)]
+                running.recording.add(root, proposal, path, bonus, self._version, mine)
+                running.recording.features.append(states)
         before = len(running.tokens)
         self._commit(running, [*(proposal.tokens[node] for node in path), bonus], logits, rows)
         committed = len(running.tokens) - before
@@ -557,12 +565,6 @@ class LocalEngine:
     @property
     def _version(self) -> str:
         return self._drafter.weights.version if self._drafter else ""
-
-
-def _yield_to_serving() -> None:
-    """Lower this thread's priority; Linux only.  Staging is a hundredth of a second of hashing and copying."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICE)
 
 
 def _total(strata: dict[str, tuple[int, int]]) -> tuple[int, int]:

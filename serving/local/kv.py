@@ -24,6 +24,12 @@ class KVCache:
     ) -> None:
         self.data = torch.zeros(layers, 2, slots, kv_heads, length, head_dim, dtype=dtype, device=device)
         self.slots, self.kv_heads, self.length = slots, kv_heads, length
+        #: int64 [length] and [slots, 1]: every position; the flat row of each slot's first key.
+        self.places = torch.arange(length, device=device)
+        self.starts = torch.arange(slots, device=device)[:, None] * kv_heads * length
+        #: What a mask adds where a row may attend, and where not.
+        self.always = torch.zeros((), device=device)
+        self.never = torch.full((), float("-inf"), device=device)
         self._rows = [layer.view(-1, head_dim) for layer in self.data]
         which = torch.arange(2, device=device)[:, None] * slots * kv_heads * length
         head = torch.arange(kv_heads, device=device)[None] * length

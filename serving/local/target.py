@@ -182,9 +182,9 @@ class Target:
             qkv = block.qkv(normalised(x, c.eps))
             if block.q_gain is not None and block.k_gain is not None:
                 qkv = self._normalise_heads(qkv, block.q_gain, block.k_gain)
-            x = x + block.out(attend(qkv, c.heads, c.head_dim, self.cache, i, where))
-            gate, up = block.gate_up(normalised(x, c.eps)).chunk(2, -1)
-            x = x.add_(block.down(F.silu(gate).mul_(up)))
+            x = block.out(attend(qkv, c.heads, c.head_dim, self.cache, i, where)).add_(x)
+            gate, up = block.gate_up(normalised(x, c.eps)).view(len(x), 2, -1).unbind(1)
+            x.add_(block.down(F.silu(gate).mul_(up)))
             if i in c.feature_layers:
                 outputs[i] = x
         states = torch.cat([outputs[i] for i in c.feature_layers], -1)

@@ -230,6 +230,24 @@ def test_accept_length_counts_the_bonus_token(target: Path) -> None:
     engine.close()
 
 
+def test_status_tells_the_gate_what_rounds_cost_and_the_watch_how_many_requests_had_full_ones(
+    target: Path, drafter: Path
+) -> None:
+    engine = start(target, drafter)
+    assert (engine.status().pass_s, engine.status().requests_by_drafter) == ({}, {})
+    # Rounds near a request's end are shorter; one of two tokens has none of full depth.
+    Client(engine).run(
+        [*greedy(PROMPTS[:3], 40), msgspec.structs.replace(greedy(PROMPTS[:1], 2)[0], request_id="short")]
+    )
+    status = engine.status()
+    assert status.requests_by_drafter == {"0": 3}
+    assert 5 in status.pass_s
+    assert 4 in status.draft_s
+    assert 0 not in status.draft_s
+    assert all(seconds > 0 for seconds in [*status.pass_s.values(), *status.draft_s.values()])
+    engine.close()
+
+
 def test_logprobs_are_the_targets(target: Path, engine: LocalEngine) -> None:
     client = Client(engine)
     request = greedy(PROMPTS[:1], 12)[0]
