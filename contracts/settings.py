@@ -240,7 +240,7 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: Candidates are published when the accept length of training has grown by this share since the last, but neither
     #: sooner than ``publish_least_s`` nor later than ``publish_every_s`` seconds, as long as something was learned.
     publish_gain: float = 0.03
-    publish_least_s: float = 8.0
+    publish_least_s: float = 10.0
     publish_every_s: float = 30.0
     #: Growth of the accept length per 100 steps below which there is nothing to gain: after three times in a row it
     #: learns from each new trace once only, until acceptance falls or grows again.  Below -1 it never rests.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hypothesis import given
@@ -26,7 +27,7 @@ def test_what_was_scored_is_not_scored_again() -> None:
 
 def test_a_trace_that_cannot_be_scored_is_not_asked_for_again() -> None:
     class Picky(FakeReplay):
-        def score(self, folder: Path, traces: list[Trace]) -> list[ReplayScore]:  # type: ignore[override]
+        def score(self, folder: Path, traces: Sequence[Trace]) -> list[ReplayScore]:
             return super().score(folder, traces)[1:]
 
     behind = Picky(LENGTHS)
