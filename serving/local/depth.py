@@ -22,6 +22,8 @@ _LEARN_ROUNDS = 48
 #: watch then has what it asks for also where drafting does not pay yet.  Spread out, because rounds of one request are
 #: alike: twice as many requests say more than twice as many rounds of the few that run at the swap.
 _WATCHED_ROUNDS = 1000
+#: Times that a cost must have been measured to be told.
+_OFTEN = 32
 
 
 class DepthControl:
@@ -44,7 +46,7 @@ class DepthControl:
         self._acceptance: dict[str, list[float]] = {}
         self._verify: dict[tuple[int, int], float] = {}
         self._draft: dict[tuple[int, int], float] = {}
-        self._rounds: dict[int, int] = {}
+        self._measured: dict[tuple[int, int], int] = {}
 
     def swapped(self) -> None:
         """A new drafter is in: look again at what every depth is worth, and show it to whoever watches."""
@@ -78,7 +80,7 @@ class DepthControl:
 
     def costs(self, batch: int, depth: int, draft_s: float, verify_s: float) -> None:
         """Seconds that drafting ``depth`` tokens and verifying ``depth + 1`` rows took."""
-        self._rounds[batch] = self._rounds.get(batch, 0) + 1
+        self._measured[batch, depth] = self._measured.get((batch, depth), 0) + 1
         for table, seconds in ((self._draft, draft_s), (self._verify, verify_s)):
             before = table.get((batch, depth))
             if before is None:
@@ -91,17 +93,20 @@ class DepthControl:
     def measured(self) -> tuple[dict[int, float], dict[int, float]]:
         """Seconds of a target pass by rows per request, and of drafting by depth, at the batch size served most.
 
-        Of batch sizes that both speculated and did not, if there are any.  Other threads may ask.
+        Of batch sizes that both speculated and did not, if there are any; a cost that was measured seldom is not told,
+        for it may be that of a busy moment.  Other threads may ask.
         """
-        verify, draft = [*self._verify.items()], [*self._draft.items()]
-        known: dict[int, dict[int, float]] = {}
-        for (batch, depth), seconds in verify:
-            known.setdefault(batch, {})[depth + 1] = seconds
+        times = dict([*self._measured.items()])
+        verify, draft = dict([*self._verify.items()]), dict([*self._draft.items()])
+        known: dict[int, dict[int, int]] = {}
+        for (batch, depth), count in times.items():
+            if count >= _OFTEN:
+                known.setdefault(batch, {})[depth] = count
         if not known:
             return {}, {}
-        rounds = dict([*self._rounds.items()])
-        most = max(known, key=lambda batch: (1 in known[batch] and len(known[batch]) > 1, rounds.get(batch, 0)))
-        return known[most], {depth: s for (batch, depth), s in draft if batch == most and depth}
+        most = max(known, key=lambda b: (0 in known[b] and len(known[b]) > 1, sum(known[b].values())))
+        passes = {depth + 1: verify[most, depth] for depth in known[most]}
+        return passes, {depth: draft[most, depth] for depth in known[most] if depth}
 
     def outcome(self, kind: str, proposed: int, accepted: int) -> None:
         """A round of one request: ``accepted`` of ``proposed`` draft tokens stood."""

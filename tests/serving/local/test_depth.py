@@ -94,13 +94,24 @@ def test_depths_tried_in_a_busy_moment_are_tried_again() -> None:
 def test_costs_are_told_of_the_batch_size_served_most_that_knows_both_kinds_of_pass() -> None:
     control = DepthControl(limit=4, adaptive=True)
     assert control.measured() == ({}, {})
-    for _ in range(9):
+    for _ in range(99):
         control.costs(8, 4, 0.010, 0.020)
     assert control.measured() == ({5: 0.020}, {4: 0.010})
-    for batch in (1, 2, 2):
+    for batch in [1] * 35 + [2] * 40:
         control.costs(batch, 0, 0.0, 0.004 * batch)
         control.costs(batch, 4, 0.002 * batch, 0.006 * batch)
     assert control.measured() == ({1: 0.008, 5: 0.012}, {4: 0.004})
+
+
+def test_a_cost_measured_seldom_is_not_told() -> None:
+    control = DepthControl(limit=4, adaptive=False)
+    for _ in range(99):
+        control.costs(2, 4, 0.002, 0.006)
+    for _ in range(31):
+        control.costs(2, 0, 0.0, 0.001)
+    assert control.measured() == ({5: 0.006}, {4: 0.002})
+    control.costs(2, 0, 0.0, 0.001)
+    assert control.measured()[0] == {1: 0.001, 5: 0.006}
 
 
 def test_a_fixed_depth_is_fixed() -> None:

@@ -237,7 +237,7 @@ def test_status_tells_the_gate_what_rounds_cost_and_the_watch_how_many_requests_
     assert (engine.status().pass_s, engine.status().requests_by_drafter) == ({}, {})
     # Rounds near a request's end are shorter; one of two tokens has none of full depth.
     Client(engine).run(
-        [*greedy(PROMPTS[:3], 40), msgspec.structs.replace(greedy(PROMPTS[:1], 2)[0], request_id="short")]
+        [*greedy(PROMPTS[:3], 80), msgspec.structs.replace(greedy(PROMPTS[:1], 2)[0], request_id="short")]
     )
     status = engine.status()
     assert status.requests_by_drafter == {"0": 3}
