@@ -307,7 +307,9 @@ def chained(first: int, sibling: list[int]) -> list[int]:
 def test_other_tree_masks_are_refused() -> None:
     empty = torch.empty(0)
     with pytest.raises(NotImplementedError, match="tree mask mode 0"):
-        sgl_kernel.build_tree_kernel_efficient_cpu(*[empty] * 8, 1, 1, 2, 0)
+        sgl_kernel.build_tree_kernel_efficient_cpu(
+            empty, empty, empty, empty, empty, empty, empty, empty, topk=1, depth=1, num_nodes=2, mask_mode=0
+        )
 
 
 def test_fill_bonus_tokens() -> None:
