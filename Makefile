@@ -15,7 +15,7 @@ SGLANG_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/livedraft
 SGLANG_KEY   := $(shell { $(PYTHON) -VV; echo "$(TORCH_INDEX)"; cat tests/sglang/requirements.txt; } | sha256sum | cut -c-16)
 SGLANG_PACKAGES := $(SGLANG_CACHE)/sglang-$(SGLANG_KEY)
 
-.PHONY: setup setup-sglang demo test test-sglang lint clean help
+.PHONY: setup setup-sglang demo test test-sglang bench-sglang lint clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -49,8 +49,12 @@ demo: setup  ## watch a drafter learn from live traffic (about 10 minutes)
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
 
-test-sglang: setup-sglang  ## run the tests against SGLang
-	PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m pytest tests/sglang
+# The loop around SGLang runs in the project's own environment.
+test-sglang: setup setup-sglang  ## run the tests against SGLang
+	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m pytest tests/sglang
+
+bench-sglang: setup setup-sglang  ## measure capture, swaps and learning on SGLang into runs/bench/sglang.json (20 minutes)
+	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m tests.sglang.bench
 
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,19 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
         "argv": sys.argv,
-        "versions": {name: version(name) for name in ("livedraft", "torch", "transformers", "mlflow-skinny")},
+        "versions": dict(_versions("livedraft", "torch", "transformers", "mlflow-skinny", "sglang")),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def _versions(*names: str) -> Iterator[tuple[str, str]]:
+    """Of those that are installed here."""
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def write(report: dict[str, Any], place: Path | None) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from livedraft.cli.prompts import held_out_prompts
+from livedraft.cli.provenance import provenance
+from rich.console import Console
+from rich.progress import track
 
 from .relay import Relay
 from .server import Server, Speculation, serving
@@ -29,13 +30,19 @@ _TOKENS = 48
 
 
 def main() -> None:
-    """Print medians, and overheads as medians of the pairs with their quartiles, as JSON."""
+    """Print what ``measure`` finds, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drafter", type=Path)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--topk", type=int, default=1)
     asked = parser.parse_args()
-    speculation = Speculation(asked.drafter, topk=asked.topk)
+    report = measure(asked.drafter, repeats=asked.repeats, topk=asked.topk)
+    json.dump(report | {"provenance": provenance()}, sys.stdout, indent=2)
+
+
+def measure(drafter: Path, *, repeats: int, topk: int = 1, console: Console | None = None) -> dict[str, Any]:
+    """Medians, and overheads as medians of the pairs with their quartiles."""
+    speculation = Speculation(drafter, topk=topk)
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
         relay = held.enter_context(contextlib.closing(Relay()))
@@ -47,22 +54,19 @@ def main() -> None:
         plain = held.enter_context(serving(folder, speculation, arguments=resting))
         kinds = {"plain": (plain, {}), "untraced": (ours, {"traced": False}), "traced": (ours, {})}
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for repeat in range(-1, asked.repeats):  # the first is for warmth
+        turns = range(-1, repeats)  # the first is for warmth
+        for repeat in track(turns, description="capturing", console=console or Console(stderr=True)):
             for kind in [*kinds][:: 1 if repeat % 2 else -1]:
                 rate = _rate(*kinds[kind])
                 if repeat >= 0:
                     rates[kind].append(rate)
-            sys.stderr.write(f"{repeat + 1} of {asked.repeats}: {[r[-1:] for r in rates.values()]}\n")
-    report = {
+    return {
         "tokens_per_second": {kind: round(statistics.median(r), 1) for kind, r in rates.items()},
         "overhead_of_capture": _overhead(rates["untraced"], rates["traced"]),
         "overhead_in_all": _overhead(rates["plain"], rates["traced"]),
-        "repeats": asked.repeats,
-        "topk": asked.topk,
-        "versions": {name: importlib.metadata.version(name) for name in ("sglang", "torch")},
-        "cores": os.cpu_count(),
+        "repeats": repeats,
+        "topk": topk,
     }
-    json.dump(report, sys.stdout, indent=2)
 
 
 def _rate(server: Server, told: dict[str, Any]) -> float:

@@ -10,6 +10,7 @@ Verification on a CPU takes the target's best token at every temperature, so tha
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +100,26 @@ class Server:
         """One answer per prompt, all asked for at once."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.generate(prompt, **options), prompts))
+
+    def stream(self, prompt: str, *, max_new_tokens: int = 48) -> tuple[list[int], list[float]]:
+        """A greedy answer, and when (``time.perf_counter``) each piece of it came.  Raises OSError, AssertionError."""
+        url = urllib.parse.urlsplit(self.url)
+        connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=120)
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        body = json.dumps({"text": prompt, "sampling_params": sampling, "stream": True})
+        connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200
+        output: list[int] = []
+        times: list[float] = []
+        for line in response:
+            if line.startswith(b"data: {"):
+                piece = json.loads(line.removeprefix(b"data: "))
+                assert "error" not in piece, piece
+                times.append(time.perf_counter())
+                output = piece["output_ids"]
+        connection.close()
+        return output, times
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import itertools
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import textwrap
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,22 +251,7 @@ def test_swaps_under_load_fail_no_request(
 
 def gaps(server: Server, prompt: str, tokens: int) -> tuple[list[int], list[float]]:
     """A streamed answer, and the seconds between its pieces."""
-    url = urllib.parse.urlsplit(server.url)
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=120)
-    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-    body = json.dumps({"text": prompt, "sampling_params": sampling, "stream": True})
-    connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 200
-    output: list[int] = []
-    times: list[float] = []
-    for line in response:
-        if line.startswith(b"data: {"):
-            piece = json.loads(line.removeprefix(b"data: "))
-            assert "error" not in piece, piece
-            times.append(time.perf_counter())
-            output = piece["output_ids"]
-    connection.close()
+    output, times = server.stream(prompt, max_new_tokens=tokens)
     return output, [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
