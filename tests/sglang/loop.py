@@ -179,6 +179,8 @@ def looping(folder: Path, drafter: Path, *, replicas: int = 1) -> Iterator[Loop]
             # Traces say which process is theirs: those that begin before the relay listens would wait for it.
             loop.start("relay", "gateway", "trainer", "controller")
             loop.eventually(lambda: _ready(loop.url), _START_S)
+            # From now on the first drafter has a version.
+            loop.eventually(lambda: all(admin.status().drafter == "1" for admin in admins), _START_S)
             yield loop
             ended = {name: loop.stop(name) for name in PROCESSES}
             assert ended == dict.fromkeys(PROCESSES, 0), {n: loop.log(n) for n, code in ended.items() if code}
