@@ -209,10 +209,9 @@ def test_sglang_sees_the_weights_change_and_come_back(
 def test_swaps_under_load_fail_no_request(
     swapping: Engine, trained_drafter: Path, fresh_drafter: Path, prompts: list[str]
 ) -> None:
-    swaps, clients = 24, 4
+    swaps, clients, apart_s = 24, 4, 0.15
     expected = {prompt: swapping.server.generate(prompt, max_new_tokens=64)["output_ids"] for prompt in prompts}
-    quiet = [gap for prompt in prompts[:clients] for gap in gaps(swapping.server, prompt, 64)[1]]
-    ended, failures, waits = threading.Event(), list[str](), list[float]()
+    ended, failures, waits = threading.Event(), list[str](), list[tuple[float, float]]()
 
     def ask(offset: int) -> None:
         for prompt in itertools.islice(itertools.cycle(prompts), offset, None):
@@ -232,27 +231,35 @@ def test_swaps_under_load_fail_no_request(
         asker.start()
     receipts = []
     try:
+        time.sleep(swaps * apart_s)
+        began = time.perf_counter()
         for folder in itertools.islice(itertools.cycle([trained_drafter, fresh_drafter]), swaps):
             receipts.append(swapping.admin.swap(asked_for(folder)))
-            time.sleep(0.1)
+            time.sleep(apart_s)
     finally:
         ended.set()
         for asker in askers:
             asker.join()
     assert not failures
     assert len(receipts) == swaps
-    assert waits
+    before, during = ([1000 * wait for at, wait in waits if (at >= began) == after] for after in (False, True))
+    assert during
     stalls = sorted(receipt.stall_s * 1000 for receipt in receipts)
     print(  # noqa: T201
-        f"\n{swaps} swaps: stall median {stalls[swaps // 2]:.2f} ms, longest {stalls[-1]:.2f} ms; longest wait for a "
-        f"token {max(waits) * 1000:.0f} ms in {len(waits)} (one request alone, no swap: {max(quiet) * 1000:.0f} ms)"
+        f"\n{swaps} swaps: stall median {stalls[swaps // 2]:.2f} ms, longest {stalls[-1]:.2f} ms; wait for a token:"
+        f" without swaps {told(before)}, with them {told(during)}"
     )
 
 
-def gaps(server: Server, prompt: str, tokens: int) -> tuple[list[int], list[float]]:
-    """A streamed answer, and the seconds between its pieces."""
+def told(waits: list[float]) -> str:
+    middle, most = np.percentile(waits, [50, 99])
+    return f"median {middle:.1f}, 99 % {most:.1f}, longest {max(waits):.1f} ms ({len(waits)})"
+
+
+def gaps(server: Server, prompt: str, tokens: int) -> tuple[list[int], list[tuple[float, float]]]:
+    """A streamed answer, and when each of its pieces came with the seconds since the one before."""
     output, times = server.stream(prompt, max_new_tokens=tokens)
-    return output, [later - earlier for earlier, later in itertools.pairwise(times)]
+    return output, [(later, later - earlier) for earlier, later in itertools.pairwise(times)]
 
 
 def test_without_a_drafter_it_administers_itself_and_says_why_it_does_nothing(tmp_path: Path) -> None:
