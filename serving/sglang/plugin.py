@@ -38,7 +38,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler"
 
 
 def register() -> None:
-    """Set our hooks in a scheduler's process, and do nothing in any other.  Never raises.
+    """Set our hooks in a scheduler's process, and do nothing in any other.
 
     A scheduler runs in a process that SGLang started, from the module that defines it.
     """
@@ -49,10 +49,13 @@ def register() -> None:
     except SettingsError as error:
         log.error("livedraft stays off, SGLang serves without it: %s", error)
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    try:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    warn_of_untested(installed())
-    Plugin(settings).install(lambda target, around: HookRegistry.register(target, around, HookType.AROUND))
+        warn_of_untested(installed())
+        Plugin(settings).install(lambda target, around: HookRegistry.register(target, around, HookType.AROUND))
+    except ImportError as error:
+        log.error('livedraft stays off, SGLang serves without it: %s; pip install "livedraft[sglang]"', error)
 
 
 class Plugin:

@@ -276,16 +276,21 @@ def test_without_a_drafter_it_administers_itself_and_says_why_it_does_nothing(tm
 
 
 def test_a_changed_sglang_is_served_with_the_plugin_off_and_says_why(tmp_path: Path, fresh_drafter: Path) -> None:
-    """Another plugin, loaded first, stands for a release in which what the swap hooks has other parameters."""
+    """Another plugin stands for a release in which what the swap hooks has other parameters.
+
+    SGLang imports the modules of all plugins before it calls the first of them.
+    """
     write_plugin(
         tmp_path / "release",
         "release",
         """
         from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver as Receiver
 
+        original = Receiver._broadcast_reqs_across_ranks
+        Receiver._broadcast_reqs_across_ranks = lambda self, incoming, local=None: original(self, incoming, local)
+
         def register():
-            original = Receiver._broadcast_reqs_across_ranks
-            Receiver._broadcast_reqs_across_ranks = lambda self, incoming, local=None: original(self, incoming, local)
+            pass
         """,
     )
     path = os.pathsep.join([str(tmp_path / "release"), str(SHIM), os.environ.get("PYTHONPATH", "")])
