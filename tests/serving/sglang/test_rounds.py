@@ -9,7 +9,7 @@ import pytest
 import torch
 from livedraft.serving.sglang.proposals import Proposals, Tap, best_logprob, proposed
 from livedraft.serving.sglang.recording import Layout
-from livedraft.serving.sglang.rounds import best, pack
+from livedraft.serving.sglang.rounds import best, largest, pack
 from livedraft.serving.sglang.surface import Feature, guarded
 
 
@@ -23,6 +23,23 @@ def test_the_best_and_what_lies_outside(elements: int) -> None:
         assert torch.equal(word.ids, ids)
         torch.testing.assert_close(word.logprobs, values)
         torch.testing.assert_close(word.tail, 1 - values.exp().sum(-1))
+
+
+@pytest.mark.parametrize(("size", "k"), [(4096, 32), (4096, 1), (1024, 32), (1008, 32), (1000, 7), (40, 40)])
+def test_the_largest_are_those_of_topk(size: int, k: int) -> None:
+    values = torch.randn(9, size)
+    found, ids = largest(values, k)
+    expected = values.topk(k)
+    assert torch.equal(found, expected.values)
+    assert torch.equal(ids, expected.indices)
+
+
+def test_the_largest_among_equals() -> None:
+    values = torch.randint(0, 3, (5, 4096)).float()
+    found, ids = largest(values, 32)
+    assert torch.equal(found, values.topk(32).values)
+    assert torch.equal(values.gather(1, ids), found)
+    assert all(len(row.unique()) == 32 for row in ids)
 
 
 def test_words_of_a_tree_come_back_as_they_went() -> None:
