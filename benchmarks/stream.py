@@ -6,10 +6,11 @@ import contextlib
 import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from livedraft.cli.local_broker import memory_broker
 from livedraft.cli.provenance import provenance, write
@@ -32,10 +33,7 @@ _PARTITIONS = 4
 
 def stream(place: Path | None, url: str, repeats: int) -> None:
     """See ``livedraft bench stream --help``."""
-    with contextlib.ExitStack() as stack:
-        if not url:
-            url = f"kafka://{stack.enter_context(memory_broker()).address}"
-        sizes = {name: _measure(url, size, repeats) for name, size in _SIZES.items()}
+    sizes = {name: _measure(url, size, repeats) for name, size in _SIZES.items()}
     rates = {key: min(size[key] for size in sizes.values()) for key in ("produce_mb_s", "consume_mb_s")}
     ratios = [size[key] for size in sizes.values() for key in ("produce_ratio", "consume_ratio")]
     report = {
@@ -53,12 +51,14 @@ def _measure(url: str, size: int, repeats: int) -> dict[str, float]:
     """Medians over interleaved repeats; every one on topics of its own."""
     trace = make_trace(size)
     count = _VOLUME // len(encode(trace))
+    traces = [msgspec.structs.replace(trace, trace_id=f"{n}", request_id=f"{n}") for n in range(count)]
     seen: dict[str, list[float]] = {}
     for _ in track(range(repeats), f"{size >> 10} KB", console=_console):
         for side in (_Ours, _Raw):
-            topics = Kafka(prefix=f"bench-{uuid.uuid4().hex[:8]}", partitions=_PARTITIONS, session_timeout_s=2.0)
-            ensure_topics(broker_addresses(url), topics)
-            produced, consumed = side(url, topics, trace, count).rates()
+            with _broker(url) as at:
+                topics = Kafka(prefix=f"bench-{uuid.uuid4().hex[:8]}", partitions=_PARTITIONS, session_timeout_s=2.0)
+                ensure_topics(broker_addresses(at), topics)
+                produced, consumed = side(at, topics, traces).rates()
             seen.setdefault(f"{side.name}produce_mb_s", []).append(produced)
             seen.setdefault(f"{side.name}consume_mb_s", []).append(consumed)
     found = {name: statistics.median(values) for name, values in seen.items()}
@@ -68,18 +68,27 @@ def _measure(url: str, size: int, repeats: int) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
+@contextlib.contextmanager
+def _broker(url: str) -> Iterator[str]:
+    """``url``; without one, that of a broker started for this measurement: it slows down as its memory fills."""
+    if url:
+        yield url
+        return
+    with memory_broker() as broker:
+        yield f"kafka://{broker.address}"
+
+
 class _Side:
-    """Sends ``count`` copies of a trace and reads them back; MB/s of encoded traces each way."""
+    """Sends traces, each with a key of its own, and reads them back; MB/s of encoded traces each way."""
 
     name = ""
 
-    def __init__(self, url: str, topics: Kafka, trace: Trace, count: int) -> None:
-        self._url, self._topics, self._trace, self._count = url, topics, trace, count
-        self._message = encode(trace)
+    def __init__(self, url: str, topics: Kafka, traces: Sequence[Trace]) -> None:
+        self._url, self._topics, self._traces, self._count = url, topics, traces, len(traces)
 
     def rates(self) -> tuple[float, float]:
         """Produced and consumed, until the last is acknowledged and from the first that arrives."""
-        megabytes = self._count * len(self._message) / 1e6
+        megabytes = sum(len(encode(trace)) for trace in self._traces) / 1e6
         return megabytes / self._produce(), megabytes / self._consume()
 
     def _produce(self) -> float:
@@ -107,14 +116,14 @@ class _Ours(_Side):
     def _produce(self) -> float:
         settings = Traces(url=self._url, message_bytes=2 << 20)
         sink = open_sink(settings, kafka=self._topics)
-        sink.offer(self._trace)
+        sink.offer(self._traces[0])
         while not sink.counters().written:
             time.sleep(0.001)
         began = time.perf_counter()
-        for number in range(self._count):
+        for number, trace in enumerate(self._traces):
             while number % 8 == 0 and sink.counters().waiting_bytes > settings.buffer_bytes // 2:
                 time.sleep(0.001)
-            sink.offer(self._trace)
+            sink.offer(trace)
         while sink.counters().waiting:
             time.sleep(0.0005)
         took = time.perf_counter() - began
@@ -129,17 +138,18 @@ class _Ours(_Side):
 
 
 class _Raw(_Side):
-    """kafka-python alone, one request in flight as with us, on ready messages that nobody looks into."""
+    """kafka-python alone, set up as by us, on ready messages that nobody looks into."""
 
     name = "raw_"
 
     def _produce(self) -> float:
+        ready = [(trace.request_id.encode(), encode(trace)) for trace in self._traces]
         with contextlib.closing(RawClient(broker_addresses(self._url), self._topics)) as client:
-            client.send(b"warm", self._message)
+            client.send(*ready[0])
             client.flush()
             began = time.perf_counter()
-            for number in range(self._count):
-                client.send(str(number).encode(), self._message)
+            for key, message in ready:
+                client.send(key, message)
             client.flush()
             return time.perf_counter() - began
 

@@ -81,7 +81,9 @@ def stream(
     url: Annotated[str, typer.Option(help="kafka://host:port; without it a local test broker is started.")] = "",
     repeats: int = 5,
 ) -> None:
-    """The trace stream on a broker against kafka-python alone, on messages of 64 KB and 1 MB, interleaved.
+    """The trace stream on a broker against kafka-python alone, set up alike, on messages of 64 KB and 1 MB.
+
+    Interleaved. Without --url each measurement has a broker of its own.
 
     Example: livedraft bench stream --url kafka://127.0.0.1:9092 --json -
     """

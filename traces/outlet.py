@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 STALL_S = 1.0
 #: Longest sleep while something is under way, and share of the time to close that is kept for the disk.
 _TICK_S, _DISK_SHARE = 0.05, 0.25
+#: Seconds between an acknowledgement and the next parcel, when the window is full: acknowledgements come in bunches,
+#: after which the client's thread has the next request to send, and an encoder beside it would hold it up.
+_GATHER_S = 0.004
 
 
 class Sender(Protocol):
@@ -159,7 +162,8 @@ class BrokerOutlet:
 
     def _rest(self) -> None:
         """Until something lands, or a moment has passed."""
-        self._landing.wait(min(_TICK_S, max(0.001, self._deadline - self._clock())))
+        if self._landing.wait(min(_TICK_S, max(0.001, self._deadline - self._clock()))):
+            time.sleep(_GATHER_S)
         self._landing.clear()
 
     def _send(self, flight: _Flight) -> bool:

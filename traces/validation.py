@@ -1,27 +1,50 @@
-"""What a consumer may rely on in a trace, checked once, where bytes become a trace."""
+"""What a consumer may rely on in a trace, checked once, where bytes become a trace.
+
+A numpy operation on a small array costs what thousands of its elements do, so traces are validated together: their
+arrays are joined, and each check is made once.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from livedraft.contracts.errors import CorruptRecord
 from livedraft.contracts.messages import Array, DType, Features, Rounds, Trace
-from livedraft.traces.arrays import describe, to_numpy
+from livedraft.traces.arrays import NUMPY, describe
 from numpy.typing import NDArray
 
 #: Rounding allowed in probabilities and log-probabilities computed in float32 or less.
 TOLERANCE = 1e-2
 
+#: The most elements of one dimension that numpy can hold, of any dtype of ours.
+_LARGEST = np.iinfo(np.intp).max // 8
 
-def validate(trace: Trace) -> None:
-    """Raise CorruptRecord, naming the field, unless the trace is one a consumer can use unchecked.
+
+def validate(*traces: Trace) -> None:
+    """Raise CorruptRecord, naming the field, unless each trace is one that a consumer can use unchecked.
 
     Checked: dtypes, shapes and byte counts of every array; ids not negative; sizes that add up; roots inside
     prompt + output and ascending; drafter indices in range; parents before children; accepted nodes that form
     one path from the root; probabilities that are ones; finite features inside prompt + output.
     """
+    if not traces:
+        return
+    for trace in traces:
+        _check_numbers(trace)
+        _check_shapes(trace)
+    _check_ids(traces)
+    rounds = [trace.rounds for trace in traces]
+    _check_rounds(traces, rounds)
+    _check_paths(rounds)
+    _check_probabilities(rounds)
+    for trace in traces:
+        _check_features(trace.features, _length(trace))
+
+
+def _check_numbers(trace: Trace) -> None:
     for name, number in (
         ("started_at", trace.started_at),
         ("finished_at", trace.finished_at),
@@ -29,48 +52,87 @@ def validate(trace: Trace) -> None:
     ):
         _require(math.isfinite(number) and number >= 0, name, "expected a finite number, at least 0")
     _require(math.isfinite(trace.top_temperature) and trace.top_temperature > 0, "top_temperature", "expected above 0")
-    length = len(_ids("prompt", trace.prompt)) + len(_ids("output", trace.output))
-    _check_rounds(trace.rounds, length, len(trace.drafters))
-    _check_features(trace.features, length)
 
 
-def _check_rounds(rounds: Rounds, length: int, drafters: int) -> None:
-    root = _ids("rounds.root", rounds.root)
-    size = _ids("rounds.size", rounds.size)
-    tokens = _ids("rounds.tokens", rounds.tokens)
-    count, nodes = len(root), len(tokens)
+def _check_shapes(trace: Trace) -> None:
+    rounds = trace.rounds
+    _fits("prompt", trace.prompt, "i4", (None,))
+    _fits("output", trace.output, "i4", (None,))
+    _fits("rounds.root", rounds.root, "i4", (None,))
+    _fits("rounds.tokens", rounds.tokens, "i4", (None,))
+    count, nodes = rounds.root.shape[0], rounds.tokens.shape[0]
     rows = count + nodes
-    _require(len(size) == count and int(size.sum(dtype=np.int64)) == nodes, "rounds.size", "does not add up to tokens")
-    _require(bool((root[1:] > root[:-1]).all()), "rounds.root", "not ascending")
-    _require(not count or int(root[-1]) < length, "rounds.root", "past the last token")
-    _ids("rounds.bonus", rounds.bonus, count)
+    _fits("rounds.size", rounds.size, "i4", (count,))
+    _fits("rounds.drafter", rounds.drafter, "i2", (count,))
+    _fits("rounds.bonus", rounds.bonus, "i4", (count,))
+    _fits("rounds.parents", rounds.parents, "i2", (nodes,))
+    _fits("rounds.accepted", rounds.accepted, "u1", (nodes,))
+    _fits("rounds.logprobs", rounds.logprobs, "f4", (nodes,))
+    _fits("rounds.top_ids", rounds.top_ids, "i4", (rows, None))
+    _fits("rounds.top_logprobs", rounds.top_logprobs, "f4", rounds.top_ids.shape)
+    _fits("rounds.tail", rounds.tail, "f4", (rows,))
 
-    drafter = _array("rounds.drafter", rounds.drafter, ("i2",), (count,))
+
+def _check_ids(traces: Sequence[Trace]) -> None:
+    ids = {
+        "prompt": [trace.prompt for trace in traces],
+        "output": [trace.output for trace in traces],
+        "rounds.root": [trace.rounds.root for trace in traces],
+        "rounds.size": [trace.rounds.size for trace in traces],
+        "rounds.tokens": [trace.rounds.tokens for trace in traces],
+        "rounds.bonus": [trace.rounds.bonus for trace in traces],
+        "rounds.top_ids": [trace.rounds.top_ids for trace in traces],
+    }
+    for name, arrays in ids.items():
+        _require(int(np.minimum.reduce(_joined(arrays), initial=0)) >= 0, name, "negative")
+
+
+def _check_rounds(traces: Sequence[Trace], rounds: Sequence[Rounds]) -> None:
+    root, size = _joined([each.root for each in rounds]), _joined([each.size for each in rounds])
+    # Of each trace: rounds, nodes, tokens, drafters.  And their sums over the traces before it, and over all.
+    of = np.array([(t.rounds.root.shape[0], t.rounds.tokens.shape[0], _length(t), len(t.drafters)) for t in traces])
+    before = np.zeros((len(traces) + 1, 4), np.int64)
+    of.cumsum(axis=0, out=before[1:])
+    nodes = np.zeros(len(size) + 1, np.int64)
+    size.cumsum(out=nodes[1:])
+    _require_none(nodes[before[:, 0]] != before[:, 1], "rounds.size", "does not add up to tokens")
+    trace_of = np.arange(len(traces)).repeat(of[:, 0])
+    _require_none(root >= of[trace_of, 2], "rounds.root", "past the last token")
+    # Each trace's text laid behind the one before it, roots ascend across the traces.
+    root = root + before[trace_of, 2]
+    _require_none(root[1:] <= root[:-1], "rounds.root", "not ascending")
+    drafter = _joined([each.drafter for each in rounds])
+    outside = (drafter < 0) | (drafter >= of[trace_of, 3])
     # A round that did not speculate has no drafter to name.
-    _require(bool(((drafter >= 0) | (size == 0)).all()), "rounds.drafter", "negative")
-    _require(bool(((drafter < drafters) | (size == 0)).all()), "rounds.drafter", "past the end of drafters")
-
-    _check_paths(rounds, size, nodes)
-    _check_logprobs("rounds.logprobs", rounds.logprobs, (nodes,))
-    top = _array("rounds.top_ids", rounds.top_ids, ("i4",), (rows, None))
-    _require(not top.size or int(top.min()) >= 0, "rounds.top_ids", "negative id")
-    _check_logprobs("rounds.top_logprobs", rounds.top_logprobs, top.shape)
-    tail = _array("rounds.tail", rounds.tail, ("f4",), (rows,))
-    _require(bool(((tail >= -TOLERANCE) & (tail <= 1 + TOLERANCE)).all()), "rounds.tail", "not a probability")
+    _require_none(outside & (size > 0), "rounds.drafter", "negative, or past the end of drafters")
 
 
-def _check_paths(rounds: Rounds, size: NDArray[Any], nodes: int) -> None:
-    parents = _array("rounds.parents", rounds.parents, ("i2",), (nodes,))
-    accepted = _array("rounds.accepted", rounds.accepted, ("u1",), (nodes,))
-    of_round = np.repeat(np.arange(len(size)), size)
-    local = np.arange(nodes) - (size.cumsum() - size)[of_round]
-    _require(bool(((parents >= -1) & (parents < local)).all()), "rounds.parents", "a parent after its child")
-    _require(not nodes or int(accepted.max()) <= 1, "rounds.accepted", "expected 0 or 1")
+def _check_paths(rounds: Sequence[Rounds]) -> None:
+    size, parents = _joined([each.size for each in rounds]), _joined([each.parents for each in rounds])
+    # Of each node: the first of its round, and which one of its round it is.
+    first = np.repeat(size.cumsum() - size, size)
+    local = np.arange(len(parents)) - first
+    _require_none((parents < -1) | (parents >= local), "rounds.parents", "a parent after its child")
+    accepted = _joined([each.accepted for each in rounds])
+    _require_none(accepted > 1, "rounds.accepted", "expected 0 or 1")
     path = accepted.nonzero()[0]
-    before = np.full(len(path), -1)
-    follows = of_round[path[1:]] == of_round[path[:-1]]
-    before[1:][follows] = local[path[:-1]][follows]
-    _require(bool((parents[path] == before).all()), "rounds.accepted", "not one path from the root")
+    # The accepted node before each, if it is of the same round; else the root.
+    before = np.maximum(np.concatenate(((-1,), path[:-1])) - first[path], -1)
+    _require_none(parents[path] != before, "rounds.accepted", "not one path from the root")
+
+
+def _check_probabilities(rounds: Sequence[Rounds]) -> None:
+    logprobs = {
+        "rounds.logprobs": [each.logprobs for each in rounds],
+        "rounds.top_logprobs": [each.top_logprobs for each in rounds],
+    }
+    for name, arrays in logprobs.items():
+        # Minus infinity is a token that cannot be; NaN fails the comparison.
+        highest = np.maximum.reduce(_joined(arrays), initial=-np.inf)
+        _require(float(highest) <= TOLERANCE, name, "not a log-probability")
+    tail = _joined([each.tail for each in rounds])
+    least, highest = np.minimum.reduce(tail, initial=0.0), np.maximum.reduce(tail, initial=0.0)
+    _require(float(least) >= -TOLERANCE and float(highest) <= 1 + TOLERANCE, "rounds.tail", "not a probability")
 
 
 def _check_features(features: Features, length: int) -> None:
@@ -78,38 +140,47 @@ def _check_features(features: Features, length: int) -> None:
         _require(bool(features.reference), "features.reference", "missing, with mode store")
     if features.mode != "inline":
         return
-    _require(features.values is not None, "features.values", "missing, with mode inline")
-    assert features.values is not None
-    values = _array("features.values", features.values, ("bf2", "f4"), (None, None))
-    _require(0 <= features.start <= length - len(values), "features.start", "values lie outside prompt + output")
+    values = features.values
+    if values is None:
+        raise CorruptRecord("features.values: missing, with mode inline")
+    _fits("features.values", values, "bf2" if values.dtype == "bf2" else "f4", (None, None))
+    positions, width = values.shape
+    _require(0 <= features.start <= length - positions, "features.start", "values lie outside prompt + output")
     layers = len(features.layers)
-    _require(not layers or values.shape[1] % layers == 0, "features.layers", "does not divide the width of values")
-    exponent = (values & 0x7F80) == 0x7F80 if features.values.dtype == "bf2" else ~np.isfinite(values)
-    _require(not exponent.any(), "features.values", "NaN or infinity")
+    _require(not layers or width % layers == 0, "features.layers", "does not divide the width of values")
+    # Without their sign, infinities are the largest, but for NaNs.
+    unsigned, infinity = ("<u2", 0xFF00) if values.dtype == "bf2" else ("<u4", 0xFF000000)
+    largest = np.maximum.reduce(_joined([values]).view(unsigned) << 1, initial=0)
+    _require(int(largest) < infinity, "features.values", "NaN or infinity")
 
 
-def _check_logprobs(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    values = _array(name, array, ("f4",), shape)
-    # Minus infinity is a token that cannot be; NaN fails the comparison.
-    _require(bool((values <= TOLERANCE).all()), name, "not a log-probability")
-
-
-def _ids(name: str, array: Array, length: int | None = None) -> NDArray[Any]:
-    values = _array(name, array, ("i4",), (length,))
-    _require(not values.size or int(values.min()) >= 0, name, "negative")
-    return values
-
-
-def _array(name: str, array: Array, dtypes: tuple[DType, ...], shape: tuple[int | None, ...]) -> NDArray[Any]:
-    fits = array.shape == shape or (
-        len(array.shape) == len(shape) and all(want in (None, n) for want, n in zip(shape, array.shape, strict=True))
+def _fits(name: str, array: Array, dtype: DType, shape: tuple[int | None, ...]) -> None:
+    """Raise CorruptRecord unless dtype and shape (None: any length) are these, and the bytes fill the shape."""
+    is_so = array.shape == shape or (
+        len(array.shape) == len(shape)
+        and all(n == want or (want is None and 0 <= n <= _LARGEST) for want, n in zip(shape, array.shape, strict=True))
     )
-    if not fits or array.dtype not in dtypes:  # spelled only here: a trace has dozens of arrays
-        wanted = f"{'/'.join(dtypes)}[{','.join('*' if n is None else str(n) for n in shape)}]"
+    if not is_so or array.dtype != dtype:  # spelled only here: a trace has dozens of arrays
+        wanted = f"{dtype}[{','.join('*' if n is None else str(n) for n in shape)}]"
         raise CorruptRecord(f"{name}: is {describe(array)}, expected {wanted}")
-    return to_numpy(array)
+    if math.prod(array.shape) * NUMPY[dtype].itemsize != len(array.data):
+        raise CorruptRecord(f"{name}: {len(array.data)} bytes do not fill {describe(array)}")
+
+
+def _length(trace: Trace) -> int:
+    return trace.prompt.shape[0] + trace.output.shape[0]
+
+
+def _joined(arrays: Sequence[Array]) -> NDArray[Any]:
+    """The elements of arrays of one dtype, one after the other."""
+    return np.frombuffer(b"".join([array.data for array in arrays]), NUMPY[arrays[0].dtype])
 
 
 def _require(holds: bool, name: str, problem: str) -> None:
     if not holds:
+        raise CorruptRecord(f"{name}: {problem}")
+
+
+def _require_none(wrong: NDArray[Any], name: str, problem: str) -> None:
+    if np.count_nonzero(wrong):
         raise CorruptRecord(f"{name}: {problem}")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from livedraft.contracts.errors import CorruptRecord, UnsupportedSchema
+from livedraft.contracts.errors import CorruptRecord, StreamUnavailable, TraceError, UnsupportedSchema
 from livedraft.contracts.messages import SCHEMA_MAJOR, SCHEMA_MINOR, Array, Features, Trace
 from livedraft.traces.arrays import from_numpy
-from livedraft.traces.codec import ExtendedTrace, decode, encode, to_json
+from livedraft.traces.codec import ExtendedTrace, decode, decode_all, encode, to_json
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADER = struct.Struct("<4sHHH")
@@ -201,6 +201,101 @@ def test_an_inconsistent_trace_is_corrupt_and_names_the_field(small: Trace, fiel
     assert decode(encode(small)) == small
     with pytest.raises(CorruptRecord, match=field):
         decode(encode(WRONG[field](small)))
+
+
+#: More that is wrong with ``small``, beside ``WRONG``: (field, how).
+MORE_WRONG: list[tuple[str, Callable[[Trace], Trace]]] = [
+    ("rounds.root", lambda t: two_rounds(t, root=from_numpy([2, 1], "i4"))),
+    ("rounds.root", lambda t: two_rounds(t, root=from_numpy([1, 1], "i4"))),
+    ("rounds.root", lambda t: rounds_with(t, root=from_numpy([-1], "i4"))),
+    ("rounds.size", lambda t: two_rounds(t, size=from_numpy([4, -1], "i4"))),
+    ("rounds.size", lambda t: rounds_with(t, size=from_numpy([4], "i4"))),
+    ("rounds.drafter", lambda t: rounds_with(t, drafter=from_numpy([-1], "i2"))),
+    ("rounds.bonus", lambda t: rounds_with(t, bonus=from_numpy([-9], "i4"))),
+    ("rounds.parents", lambda t: rounds_with(t, parents=from_numpy([-2, 0, 1], "i2"))),
+    ("rounds.accepted", lambda t: rounds_with(t, accepted=from_numpy([2, 0, 0], "u1"))),
+    ("rounds.accepted", lambda t: rounds_with(t, accepted=from_numpy([1, 0, 1], "u1"))),
+    ("rounds.top_ids", lambda t: rounds_with(t, top_ids=from_numpy([[1, 2]] * 3 + [[1, -2]], "i4"))),
+    ("rounds.top_ids", lambda t: rounds_with(t, top_ids=Array(dtype="i4", shape=(4, 2), data=b"1234"))),
+    ("rounds.top_logprobs", lambda t: rounds_with(t, top_logprobs=from_numpy([[-1.0, 0.5]] * 4, "f4"))),
+    ("rounds.tail", lambda t: rounds_with(t, tail=from_numpy([0, 0, 0, float("nan")], "f4"))),
+    ("rounds.tail", lambda t: rounds_with(t, tail=from_numpy([0, 0, 0, -0.5], "f4"))),
+    ("features.values", lambda t: features_with(t, values=from_numpy(np.full((4, 3), np.nan), "f4"))),
+    ("features.values", lambda t: features_with(t, values=from_numpy(np.full((4, 3), -np.inf), "bf2"))),
+    ("features.values", lambda t: features_with(t, values=None)),
+    ("features.start", lambda t: features_with(t, start=-1)),
+]
+
+
+def two_rounds(trace: Trace, **fields: Array) -> Trace:
+    """``small`` in two rounds, of three nodes and of none."""
+    two = {
+        "root": from_numpy([1, 2], "i4"),
+        "size": from_numpy([3, 0], "i4"),
+        "drafter": from_numpy([1, 9], "i2"),  # nobody's: the round did not speculate
+        "bonus": from_numpy([9, 9], "i4"),
+        "top_ids": from_numpy([[1, 2]] * 5, "i4"),
+        "top_logprobs": from_numpy([[-1.0, -2.0]] * 5, "f4"),
+        "tail": from_numpy([0.1] * 5, "f4"),
+    }
+    return rounds_with(trace, **(two | fields))
+
+
+@pytest.mark.parametrize(("field", "wrong"), MORE_WRONG)
+def test_whatever_is_inconsistent_is_refused(small: Trace, field: str, wrong: Callable[[Trace], Trace]) -> None:
+    decode(encode(two_rounds(small)))
+    with pytest.raises(CorruptRecord, match=field):
+        decode(encode(wrong(small)))
+
+
+def test_traces_decoded_together_fail_one_by_one(small: Trace, make_trace: Any) -> None:
+    """Each is refused for what it is, and no other for it; what ends one trace does not begin the next."""
+    good = [small, two_rounds(small), make_trace(3, rounds=0), make_trace(4, mode="recompute"), small]
+    assert decode_all(map(encode, good)) == good
+    wrong = [*WRONG.values(), *(how for _, how in MORE_WRONG)]
+    mixed = [encode(how(small)) for how in wrong]
+    for place, message in ((0, b"no trace"), (3, encode(good[1])), (len(wrong), encode(good[2]))):
+        mixed.insert(place, message)
+    alone = [StreamUnavailable("passes"), *map(attempt, mixed)]
+    together = decode_all([alone[0], *mixed])
+    assert [str(found) if isinstance(found, TraceError) else found for found in together] == [
+        str(found) if isinstance(found, TraceError) else found for found in alone
+    ]
+    assert [type(found) for found in together] == [type(found) for found in alone]
+    assert sum(isinstance(found, Trace) for found in together) == 2
+
+
+def test_many_traces_are_decoded_together_as_one_by_one(make_trace: Any) -> None:
+    """Beyond what is validated at once."""
+    traces = [make_trace(seed, rounds=60, width=600) for seed in range(30)]
+    messages = [encode(trace) for trace in traces]
+    assert sum(map(len, messages)) > 3 << 20
+    messages[17] = messages[17][:-1]
+    found = decode_all(messages)
+    assert isinstance(found[17], CorruptRecord)
+    assert [*found[:17], *found[18:]] == [*traces[:17], *traces[18:]]
+
+
+@given(data=st.data())
+def test_together_or_alone_any_records_come_to_the_same(
+    data: st.DataObject, any_trace: st.SearchStrategy[Trace]
+) -> None:
+    """Records of traces with bytes of theirs changed."""
+    records = [bytearray(encode(data.draw(any_trace))) for _ in range(data.draw(st.integers(1, 4)))]
+    for record in records:
+        for at in data.draw(st.lists(st.integers(0, len(record) - 1), max_size=2)):
+            record[at] = data.draw(st.integers(0, 255))
+    messages = [bytes(record) for record in records]
+    alone = [str(found) if isinstance(found, TraceError) else encode(found) for found in map(attempt, messages)]
+    together = [str(found) if isinstance(found, TraceError) else encode(found) for found in decode_all(messages)]
+    assert together == alone
+
+
+def attempt(message: bytes) -> Trace | TraceError:
+    try:
+        return decode(message)
+    except TraceError as error:
+        return error
 
 
 def test_siblings_cannot_both_be_accepted(small: Trace) -> None:
