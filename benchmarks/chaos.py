@@ -27,7 +27,7 @@ from livedraft.contracts.messages import Offsets, Record, Trace
 from livedraft.contracts.ports import TraceSource
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.contracts.stopping import stopping
-from livedraft.traces.kafka import TopicReader
+from livedraft.traces.kafka_reader import TopicReader
 from livedraft.traces.urls import broker_addresses, open_sink, open_source
 from rich.console import Console
 from rich.progress import track

@@ -74,21 +74,21 @@ class TopicView:
 
     def held(self) -> dict[str, Held]:
         """As ``StreamView.held``."""
-        from livedraft.traces.kafka import TopicReader
+        from livedraft.traces.kafka_reader import TopicReader
 
         with contextlib.closing(TopicReader(self._brokers, self._settings)) as reader:
             return {name: Held(*bounds) for name, bounds in reader.bounds().items()}
 
     def read(self, start: Offsets, *, follow: bool = False) -> Iterator[Delivery]:
         """As ``StreamView.read``."""
-        from livedraft.traces.kafka import TopicReader
+        from livedraft.traces.kafka_reader import TopicReader
 
         with contextlib.closing(TopicReader(self._brokers, self._settings)) as reader:
             yield from reader.read(start, follow=follow)
 
     def messages(self, partition: str, first: int) -> Iterator[tuple[int, bytes]]:
         """As ``StreamView.messages``."""
-        from livedraft.traces.kafka import TopicReader
+        from livedraft.traces.kafka_reader import TopicReader
 
         with contextlib.closing(TopicReader(self._brokers, self._settings)) as reader:
             yield from reader.messages(partition, first)

@@ -9,6 +9,7 @@ from pathlib import Path
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.ports import Announcements, TraceSource
 from livedraft.contracts.settings import Kafka, Traces
+from livedraft.traces.kafka_settings import DRAFTS, SWAPS, check
 from livedraft.traces.outlet import BrokerOutlet
 from livedraft.traces.redaction import Redactor
 from livedraft.traces.sink import QueuedSink
@@ -56,7 +57,7 @@ def open_source(settings: Traces, group: str, kafka: Kafka | None = None) -> Tra
     Raises SettingsError for an unknown URL or a bad name, StreamUnavailable when a broker does not answer.
     """
     if settings.url.startswith(KAFKA):
-        from livedraft.traces.kafka import KafkaSource
+        from livedraft.traces.kafka_source import KafkaSource
 
         return KafkaSource(broker_addresses(settings.url), kafka or Kafka(), group)
     return SpoolSource(spool_folder(settings.url), group)
@@ -70,7 +71,7 @@ def open_announcements(settings: Traces, kafka: Kafka) -> Announcements | None:
     if not settings.url.startswith(KAFKA):
         return None
     from livedraft.traces.announce import Announcer
-    from livedraft.traces.kafka import DRAFTS, SWAPS, KafkaSender, check
+    from livedraft.traces.kafka import KafkaSender
 
     addresses = broker_addresses(settings.url)
     check(kafka)
@@ -99,7 +100,7 @@ def broker_addresses(url: str) -> list[str]:
 
 
 def _broker_outlet(settings: Traces, kafka: Kafka) -> BrokerOutlet:
-    from livedraft.traces.kafka import KafkaSender, check
+    from livedraft.traces.kafka import KafkaSender
 
     addresses = broker_addresses(settings.url)
     check(kafka)

@@ -14,7 +14,7 @@ import pytest
 from livedraft.cli.local_broker import memory_broker
 from livedraft.contracts.messages import Trace
 from livedraft.traces.codec import encode
-from livedraft.traces.kafka import TopicReader
+from livedraft.traces.kafka_reader import TopicReader
 from livedraft.traces.urls import broker_addresses, open_sink
 from typer.testing import CliRunner
 

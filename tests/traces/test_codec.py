@@ -256,8 +256,9 @@ def test_traces_decoded_together_fail_one_by_one(small: Trace, make_trace: Any) 
     mixed = [encode(how(small)) for how in wrong]
     for place, message in ((0, b"no trace"), (3, encode(good[1])), (len(wrong), encode(good[2]))):
         mixed.insert(place, message)
-    alone = [StreamUnavailable("passes"), *map(attempt, mixed)]
-    together = decode_all([alone[0], *mixed])
+    passing = StreamUnavailable("passes")
+    alone = [passing, *map(attempt, mixed)]
+    together = decode_all([passing, *mixed])
     assert [str(found) if isinstance(found, TraceError) else found for found in together] == [
         str(found) if isinstance(found, TraceError) else found for found in alone
     ]

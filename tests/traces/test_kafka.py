@@ -15,7 +15,9 @@ from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Trace
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.traces.chunks import split
 from livedraft.traces.codec import encode
-from livedraft.traces.kafka import KafkaSender, KafkaSource, ensure_topics, first_offset
+from livedraft.traces.kafka import KafkaSender, ensure_topics
+from livedraft.traces.kafka_settings import first_offset
+from livedraft.traces.kafka_source import KafkaSource
 from livedraft.traces.urls import open_sink
 
 MakeSettings = Callable[..., Kafka]

@@ -19,7 +19,7 @@ from livedraft.cli.local_broker import durable_broker, memory_broker
 from livedraft.contracts.messages import Trace
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.traces.arrays import tensor_bytes
-from livedraft.traces.kafka import KafkaSource
+from livedraft.traces.kafka_source import KafkaSource
 from livedraft.traces.sink import QueuedSink
 from livedraft.traces.urls import open_sink
 
@@ -91,7 +91,8 @@ def test_a_stalled_broker_costs_no_trace_no_memory_and_no_time_of_serving(
         before = resident_bytes()
         broker.stall()
         began = time.monotonic()
-        while time.monotonic() - began < 6:  # past the delivery timeout
+        # Past the delivery timeout, and with more than memory may take.
+        while time.monotonic() - began < 6 or number * tensor_bytes(trace) <= 3 * buffer:
             offer(sink, 20)
         during = sink.counters()
         assert during.spilled > 100
@@ -103,7 +104,6 @@ def test_a_stalled_broker_costs_no_trace_no_memory_and_no_time_of_serving(
         sink.close(20)
         after = sink.counters()
         assert resident_bytes() - before < 3 * buffer
-        assert number * tensor_bytes(trace) > 3 * buffer, "it would have shown"
         assert after.dropped == {}
         assert after.written + after.spilled == number == len(taken)
         assert after.backfilled == after.spilled
