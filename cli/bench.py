@@ -101,3 +101,20 @@ def chaos(json: JsonOption = None, seed: int = 0, kills: int = 100) -> None:
     from livedraft.benchmarks import chaos as benchmark
 
     benchmark.chaos(json, seed, kills)
+
+
+@app.command()
+def freeze(
+    json: JsonOption = None,
+    seconds: Annotated[float, typer.Option(help="Of each phase: calm, frozen, calm again.")] = 60.0,
+    clients: Annotated[int, typer.Option(help="Requests streamed at once.")] = 2,
+) -> None:
+    """Stop a local test broker under load: p99 of tokens at a real gateway against calm, memory, and what was spilled.
+
+    Ratios are over the mean of both calm phases; the p99 of each third of a phase shows the noise.
+
+    Example: livedraft bench freeze --seconds 60 --json -
+    """
+    from livedraft.benchmarks import freeze as benchmark
+
+    benchmark.freeze(json, seconds, clients)
