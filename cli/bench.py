@@ -118,3 +118,46 @@ def freeze(
     from livedraft.benchmarks import freeze as benchmark
 
     benchmark.freeze(json, seconds, clients)
+
+
+@app.command()
+def learn(
+    json: JsonOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two sets, the main learners: 10 minutes on 2 cores.")] = False,
+    target: TargetOption = "bundled",
+    threads: ThreadsOption = 1,
+    jobs: Annotated[int, typer.Option(help="Learners at a time; 0 is one per core and thread.", min=0)] = 0,
+    seeds: Annotated[int, typer.Option(help="Starts of each learner from nothing.", min=1)] = 3,
+    seconds: Annotated[
+        float, typer.Option(help="Processor seconds that learners may use per 1000 tokens of traffic.", min=0.1)
+    ] = 4.0,
+    out: Annotated[Path, typer.Option(help="Recorded traces, runs, plots.")] = Path("runs/bench/learn"),
+    peers: Annotated[Path, typer.Option(help="Folder of the peers' environments.")] = Path("runs/bench/peers"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this learner; may be repeated.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep runs that an earlier start finished.")] = False,
+) -> None:
+    """How fast a drafter learns per token of traffic: our trainer, its variants, and the peers' on the same traces.
+
+    Peers need environments of their own, made by: benchmarks/peers/setup speculators
+
+    Example: livedraft bench learn --quick --json -
+    """
+    import os
+
+    from livedraft.benchmarks import learn as benchmark
+
+    options = benchmark.Options(
+        quick=quick,
+        target=target,
+        threads=threads,
+        jobs=jobs or max(1, (os.cpu_count() or 1) // threads),
+        seeds=seeds,
+        seconds_per_ktoken=seconds,
+        out=out,
+        peers=peers.resolve(),
+        only=tuple(only or ()),
+        resume=resume,
+    )
+    benchmark.learn(json, options)
