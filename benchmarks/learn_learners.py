@@ -78,6 +78,7 @@ def learners(objectives: Sequence[str], window: int) -> list[Learner]:
             "the default, every trace once",
             {"max_uses": 1, "rehearse_share": 0.0, "fresh_share": 1.0, "replay_traces": 4096},
         ),
+        Learner(f"{OURS}, small steps", "the default with 4 traces per step", {"batch_traces": 4}),
         Learner(
             f"{OURS}, no memory",
             "the default without rehearsal of traces that have left the recent ones",
