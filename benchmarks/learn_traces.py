@@ -200,6 +200,5 @@ def _write_weak(fresh: Path, sets: TraceSets, target: str) -> None:
 
 def _revision(engine: EngineSettings) -> str:
     from livedraft.serving.local import place
-    from livedraft.serving.local import target as targets
 
-    return targets.revision(place.find(engine.target))
+    return place.revision(place.find(engine.target))
