@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -75,7 +76,8 @@ class Loop:
     def kill(self, name: str) -> None:
         """SIGKILL."""
         process = self.processes.pop(name)
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # MLflow has workers
         process.wait()
 
     def stop(self, name: str) -> int:
@@ -136,7 +138,12 @@ class Loop:
     def _spawn(self, name: str, command: Sequence[str]) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [python(), *command], env=_environment(), stdout=log, stderr=subprocess.STDOUT, cwd=self.folder
+                [python(), *command],
+                env=_environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                start_new_session=True,
             )
 
 
@@ -241,7 +248,8 @@ def _environment() -> dict[str, str]:
     """Ours, without the shim, which is SGLang's."""
     shim = os.path.join("tests", "sglang", "shim")
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and not p.endswith(shim)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    mlflow = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return {**os.environ, **mlflow, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _ready(url: str) -> bool:
