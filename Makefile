@@ -51,7 +51,7 @@ test: setup  ## run the tests
 
 # The loop around SGLang runs in the project's own environment.
 test-sglang: setup setup-sglang  ## run the tests against SGLang
-	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m pytest tests/sglang
+	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m pytest --timeout=600 tests/sglang
 
 bench-sglang: setup setup-sglang  ## measure capture, swaps and learning on SGLang into runs/bench/sglang.json (20 minutes)
 	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m tests.sglang.bench

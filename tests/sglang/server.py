@@ -144,6 +144,7 @@ def serving(
         *("--host=127.0.0.1", f"--port={port}", f"--nccl-port={free_port()}"),
         *("--mem-fraction-static=0.2", "--max-total-tokens=8192", "--max-running-requests=8"),
         *("--grammar-backend=none", "--attention-backend=torch_native"),
+        "--skip-server-warmup",  # on a busy machine it gives up, and the server with it; /health generates a token, too
         "--sleep-on-idle",  # else each idle server takes a core from the others
         *(speculation.arguments if speculation else ()),
         *arguments,
