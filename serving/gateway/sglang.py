@@ -39,7 +39,7 @@ _OTHERS = re.compile(r"/v1/models(/.+)?")
 _OURS = re.compile(rb"x-livedraft-.*|content-type", re.IGNORECASE)
 
 #: Events that are not passed on as they are.  A quote within a JSON string is escaped, so text cannot match.
-_REMARKABLE = re.compile(rb'"error":|"sglext":\{|"usage":\{|"finish_reason":"abort"')
+_REMARKABLE = re.compile(rb'"error":|"sglext": ?\{|"usage": ?\{|"finish_reason": ?"abort"')
 _ID = re.compile(rb'^(data: \{"id":")[^"]*', re.MULTILINE)
 _DATA = b"data: "
 _END = b"\n\n"
