@@ -68,6 +68,7 @@ def init(
     Example: livedraft drafts init --target Qwen/Qwen3-8B --out drafter --draft-vocab 32000 --text sample.txt
     """
     from livedraft.cli import wiring
+    from livedraft.serving.local import place
 
     settings = settings_from(config, target=target)
     engine = settings.engine if draft_vocab is None else replace(settings.engine, draft_vocab=draft_vocab)
@@ -81,11 +82,11 @@ def init(
     _require_free(folder)
     kept, coverage = None, ""
     with _bar() as bar:
+        bar.add_task("finding the target", total=None)
+        folder_of_target = place.find(engine.target)
+        _require_three_layers(folder_of_target)
         if text:
-            from livedraft.serving.local import place
-
-            bar.add_task("finding the target", total=None)
-            kept, coverage = _vocabulary(place.find(engine.target), engine.draft_vocab, text, bar)
+            kept, coverage = _vocabulary(folder_of_target, engine.draft_vocab, text, bar)
         bar.add_task("writing the drafter", total=None)
         written, _ = wiring.write_fresh_drafter(engine, folder, settings.trainer.seed, kept)
     output().print(f"wrote {folder}: {_proposing(written)}{coverage}")
@@ -162,6 +163,15 @@ def _require_fit(folder: Path, engine: Engine) -> None:
     checkpoint.verify(folder, target_revision=place.revision(place.find(engine.target)))
 
 
+def _require_three_layers(folder_of_target: Path) -> None:
+    """SGLang takes a layer that is named twice once, and the drafter's first matrix would not fit."""
+    from livedraft.trainer.target import feature_layers, read_config
+
+    layers = read_config(folder_of_target)["num_hidden_layers"]
+    if len(set(feature_layers(layers))) < 3:
+        raise SettingsError(f"target {folder_of_target}: {layers} layers; SGLang reads three of at least 7")
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -184,10 +194,10 @@ def _publish(settings: Settings, folder: Path, manifest: Manifest) -> str:
 def _vocabulary(folder: Path, size: int, files: Sequence[Path], bar: Progress) -> tuple[np.ndarray, str]:
     """The ids to keep, and how much of the text they are."""
     from livedraft.serving.local.text import Text
-    from livedraft.trainer.target import end_tokens, read_target
+    from livedraft.trainer.target import end_tokens, read_config
     from livedraft.trainer.vocabulary import count_tokens, most_frequent
 
-    vocab_size = len(read_target(folder).embedding)
+    vocab_size = read_config(folder)["vocab_size"]
     task = bar.add_task("counting tokens", total=sum(path.stat().st_size for path in files))
     backend = Text(folder).tokenizer.backend_tokenizer
     counts = count_tokens(

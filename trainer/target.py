@@ -20,6 +20,7 @@ _SHAPING = (
     "num_attention_heads",
     "num_hidden_layers",
     "rms_norm_eps",
+    "vocab_size",
 )
 
 
@@ -51,14 +52,7 @@ def read_target(folder: Path) -> Target:
 
     Raises SettingsError naming the missing file or tensor.
     """
-    config = _read_config(folder)
-    if missing := [name for name in _SHAPING if name not in config]:
-        kind = config.get("model_type")
-        raise SettingsError(f"target {folder}: config.json has no {missing[0]}; model_type {kind} is no Llama or Qwen")
-    if config["num_hidden_layers"] < 4:
-        raise SettingsError(
-            f"target {folder}: {config['num_hidden_layers']} layers, a drafter reads three of at least 4"
-        )
+    config = read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"target {folder}: holds no .safetensors file; other formats are not read")
     embedding = _tensor(folder, "model.embed_tokens.weight")
@@ -97,13 +91,20 @@ def fresh_config(target: Target, *, intermediate_size: int = 0, draft_vocab: int
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """Ids that end the target's output, by generation_config.json or config.json.  Raises SettingsError."""
     path = folder / "generation_config.json"
-    found = (_read_json(path) if path.exists() else {}).get("eos_token_id") or _read_config(folder).get("eos_token_id")
+    found = (_read_json(path) if path.exists() else {}).get("eos_token_id") or read_config(folder).get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
     return tuple(token for token in ids if isinstance(token, int))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json")
+def read_config(folder: Path) -> dict[str, Any]:
+    """A target's ``config.json``.  Raises SettingsError when it is not that of a target for a drafter."""
+    config = _read_json(folder / "config.json")
+    if missing := [name for name in _SHAPING if name not in config]:
+        kind = config.get("model_type")
+        raise SettingsError(f"target {folder}: config.json has no {missing[0]}; model_type {kind} is no Llama or Qwen")
+    if (layers := config["num_hidden_layers"]) < 4:
+        raise SettingsError(f"target {folder}: {layers} layers, and a drafter reads three of at least 4")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_one_that_is_there_may_stay_if_it_fits(site: Site) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_another_target(site: Site, family: str) -> None:
-    target = make_target(site.folder / family, family)
+    target = make_target(site.folder / family, family, layers=8)
     folder = written(site, "init", "--target", str(target))
     _, manifest = checkpoint.verify(folder, target=str(target))
     served.load(folder, "1", target_revision=manifest.target_revision)
@@ -112,6 +112,7 @@ def test_another_target(site: Site, family: str) -> None:
         (["--target", "no/such/folder"], "neither a folder nor a Hugging Face id"),
         (["--target", "empty"], "config.json"),
         (["--target", "pickled"], "holds no .safetensors file"),
+        (["--target", "shallow"], "6 layers; SGLang reads three of at least 7"),
         (["--target", "gpt2"], "config.json has no hidden_size; model_type gpt2 is no Llama or Qwen"),
         (["--text", "text.txt"], "--draft-vocab"),
         (["--text", "binary", "--draft-vocab", "8"], "binary"),
@@ -127,7 +128,10 @@ def test_what_cannot_be_done_is_one_line(
     (site.folder / "text.txt").write_text("text")
     (site.folder / "binary").write_bytes(b"\xff\xfe")
     shutil.copytree(BUNDLED, site.folder / "pickled", ignore=lambda *_: ["model.safetensors"])
-    shutil.copytree(BUNDLED, site.folder / "gpt2")
+    for name in ("gpt2", "shallow"):
+        shutil.copytree(BUNDLED, site.folder / name)
+    shallow = json.loads((BUNDLED / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (site.folder / "shallow" / "config.json").write_text(json.dumps(shallow))
     (site.folder / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_embd": 192}')
     result = site.run("drafts", "init", *arguments)
     assert result.exit_code in (1, 2)

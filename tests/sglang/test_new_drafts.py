@@ -32,7 +32,7 @@ def init(folder: Path, *arguments: str) -> Path:
 
 @pytest.mark.parametrize("family", ["bundled", "qwen3"])
 def test_sglang_starts_with_a_fresh_drafter(tmp_path: Path, family: str) -> None:
-    made = None if family == "bundled" else make_target(tmp_path / family, family, vocab_size=4096)
+    made = None if family == "bundled" else make_target(tmp_path / family, family, vocab_size=4096, layers=8)
     target = made or find("bundled")
     prompts = [[700 + 31 * i + j for j in range(6)] for i in range(4)]
     with serving(tmp_path, target=target) as plain:

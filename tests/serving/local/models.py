@@ -16,7 +16,7 @@ from livedraft.serving.local.text import Text
 BUNDLED = find("bundled")
 
 
-def make_target(folder: Path, family: str, vocab_size: int = 64, kv_heads: int = 2) -> Path:
+def make_target(folder: Path, family: str, vocab_size: int = 64, kv_heads: int = 2, layers: int = 6) -> Path:
     """A random target of another family, with the bundled tokenizer beside it."""
     import shutil
 
@@ -28,7 +28,7 @@ def make_target(folder: Path, family: str, vocab_size: int = 64, kv_heads: int =
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=8,
