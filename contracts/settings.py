@@ -6,6 +6,7 @@ errors: a setting that is silently ignored is a bug that takes a day to find.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,6 +188,12 @@ class Metrics(_Section, frozen=True, kw_only=True):
     port: int = 0
 
 
+#: What ``trainer.objective`` can name: those that judge any node by the target's distribution there, which the discard
+#: term needs, and those that need committed text.
+DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation", "lk_log", "lk_hybrid")
+ON_COMMITTED_TEXT = ("accept_length", "ntp", "policy_gradient")
+
+
 class Trainer(_Section, frozen=True, kw_only=True):
     """The learning process."""
 
@@ -231,11 +238,25 @@ class Trainer(_Section, frozen=True, kw_only=True):
     steps_per_trace: float = 0.0
     #: Whether a greedy request teaches its best token alone instead of the target's distribution.
     hard_greedy: bool = False
-    #: Weight of the discard term (rejected proposals); 0 switches it off, and saves the time of a chain per round.
+    #: What is minimised on committed positions: the name of one term, or a table of names and weights as in
+    #: ``objective = { forward_kl = 1.0, ntp = 0.1 }``.  Formulas and limits: kernels/divergence.py and
+    #: trainer/objective.py.
+    #:   forward_kl, reverse_kl    KL(target || drafter), KL(drafter || target)
+    #:   total_variation           1 - acceptance
+    #:   lk_log, lk_hybrid         LK losses: -log acceptance; KL while acceptance is low, then total variation
+    #:   accept_length             draft tokens lost of each chain, the product of its acceptances differentiated
+    #:   ntp                       cross-entropy of the committed token
+    #:   policy_gradient           clipped, on what was proposed and how far it was accepted (sampled chains only)
+    objective: str | dict[str, float] = "forward_kl"
+    #: Weight of the discard term, the first five on rejected proposals; 0 switches it off and saves its time.
     discard: float = 0.0
-    #: Divergence on committed positions.
-    objective: Literal["forward_kl"] = "forward_kl"
-    #: Rejected nodes from a drafter this many versions back or more are not used.
+    #: Rejected nodes deeper than this (1 is a round's first) teach nothing; 0 sets no limit but the unroll.
+    discard_depth: int = 0
+    #: Rejected nodes whose token was not among the target's so many likeliest teach nothing; 0 sets no limit.
+    discard_topk: int = 0
+    #: Most that one proposal may count for more today than when it was drawn: truncation of each importance weight.
+    importance_cap: float = 1.0
+    #: Rejections by a drafter this many versions back or more are not used.
     max_version_lag: int = 20
     #: Candidates are published when the accept length of training has grown by this share since the last, but neither
     #: sooner than ``publish_least_s`` nor later than ``publish_every_s`` seconds, as long as something was learned.
@@ -250,6 +271,27 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: Where checkpoints and candidate folders are kept.
     folder: str = "runs/live/trainer"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        terms = self.objective_terms
+        if unknown := [name for name in terms if name not in DIVERGENCES + ON_COMMITTED_TEXT]:
+            known = ", ".join(DIVERGENCES + ON_COMMITTED_TEXT)
+            raise ValueError(f"objective: unknown {', '.join(map(repr, unknown))}, expected names of {known}")
+        if not terms or not all(0 < weight < math.inf for weight in terms.values()):
+            raise ValueError(f"objective: {self.objective!r}, expected at least one name, with weights above 0")
+        if self.discard < 0 or (self.discard and not terms.keys() & set(DIVERGENCES)):
+            needed = ", ".join(DIVERGENCES)
+            raise ValueError(f"discard: {self.discard}, expected 0, or above 0 with one of {needed} in the objective")
+        for name in ("discard_depth", "discard_topk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected 0 (no limit) or more")
+        if not 0 < self.importance_cap < math.inf:
+            raise ValueError(f"importance_cap: {self.importance_cap}, expected a number above 0")
+
+    @property
+    def objective_terms(self) -> dict[str, float]:
+        """``objective`` as a table."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
 
 
 class Swap(_Section, frozen=True, kw_only=True):

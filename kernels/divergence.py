@@ -1,24 +1,29 @@
-"""Forward KL from a sparse target to ``softmax(hidden @ weight.T)``, never holding all rows of logits.
+"""How far a drafter's distribution q is from the target's p: one function per formula, on buckets.
 
-The target of a row is its K likeliest ids with their probabilities, and one bucket holding the rest, so with
-z = hidden @ weight.T / temperature, q = softmax(z), S the K ids and q_tail = 1 - sum_S q:
+A row of p is K named tokens and a tail, B = K + 1 buckets that sum to 1; a row of ``log_q`` are the logarithms of q
+on the same buckets (``kernels.buckets``).  Every function takes f[N, B] twice and returns f[N] in nats; p is constant,
+``log_q`` may carry a gradient.  All are zero where the bucketed distributions agree.
 
-    KL = sum_S p (log p - log q) + p_tail (log p_tail - log q_tail)
-    dKL/dz_i = q_i - p_i for i in S,   q_i (1 - p_tail / q_tail) outside
-
-Bucketing can only lower a divergence (data processing inequality), and it is zero exactly when the bucketed
-distributions agree.  The gradient is formed while the logits of a chunk are in cache, after the fused linear
-cross-entropy of Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989).
+Merging tokens into a bucket can only lower an f-divergence (data processing inequality), so each is a lower bound of
+its full-vocabulary form, which it reaches as K grows to V; what differs inside the tail teaches nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+#: Least probability of a bucket that ``reverse_kl`` sees in the target.
+_FLOOR = 1e-6
+#: Of the acceptance, before its logarithm.
+_LEAST_ACCEPTANCE = 1e-6
+#: eta of ``lk_hybrid``.
+_LK_DECAY = 3.0
 
 
 @dataclass(frozen=True)
@@ -34,112 +39,72 @@ class TopK:
     #: f[N] 1 / temperature at which the probabilities were taken.
     inverse_temperature: Tensor
 
-    def __getitem__(self, rows: slice) -> TopK:
+    def __getitem__(self, rows: slice | Tensor) -> TopK:
         return TopK(self.ids[rows], self.probs[rows], self.tail[rows], self.inverse_temperature[rows])
 
-
-@dataclass(frozen=True)
-class Divergence:
-    """What ``sparse_forward_kl`` found.  Only ``total`` carries a gradient."""
-
-    #: f[] sum over rows of weight x KL, in nats.
-    total: Tensor
-    #: f[N] KL of each row, unweighted.
-    rows: Tensor
-    #: f[N] log of the softmax's denominator: log q_i = z_i - log_normaliser.
-    log_normaliser: Tensor
-    #: f[N] sum of min(p, q) over the buckets: the chance that a proposal drawn from q is accepted.
-    overlap: Tensor
+    @property
+    def buckets(self) -> Tensor:
+        """f[N, K + 1]"""
+        return torch.cat([self.probs, self.tail[:, None]], 1)
 
 
-def sparse_forward_kl(
-    hidden: Tensor, weight: Tensor, target: TopK, row_weight: Tensor, *, chunk: int = 512, low_precision: bool = False
-) -> Divergence:
-    """Weighted sum of KL(target || softmax(hidden @ weight.T / temperature)) over rows.
+def forward_kl(p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_b p (log p - log q): mass-covering.
 
-    ``hidden`` f[N, H]; ``weight`` f[V, H]; ``row_weight`` f[N], constant.  ``low_precision`` multiplies in
-    bfloat16 (faster where the CPU has tiles for it, slower elsewhere; logits keep 8 bits of mantissa).
+    Hinton et al. 2015 (arXiv 1503.02531); for drafters DistillSpec (arXiv 2310.08461).  Its gradient by a logit,
+    q - p, is bounded whatever q is.  Bounds the acceptance by Pinsker: TV <= sqrt(KL / 2).
     """
-    wants = tuple(torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _SparseForwardKL.apply
-    return Divergence(*apply(hidden, weight, target, row_weight, chunk, low_precision, wants))
+    return (torch.xlogy(p, p) - p * log_q).sum(1)
 
 
-def sparse_forward_kl_reference(hidden: Tensor, weight: Tensor, target: TopK, row_weight: Tensor) -> Divergence:
-    """The specification of ``sparse_forward_kl``: all logits at once, gradients by autograd."""
-    logits = hidden @ weight.T * target.inverse_temperature[:, None]
-    normaliser = logits.logsumexp(1)
-    q = (logits - normaliser[:, None]).exp()
-    valid = target.ids >= 0
-    kept = torch.zeros_like(q).scatter_add(1, target.ids.clamp(min=0), valid.to(q.dtype)).bool()
-    q_tail = q.masked_fill(kept, 0).sum(1)
-    q_top = q.gather(1, target.ids.clamp(min=0)).masked_fill(~valid, 1)
-    rows = (torch.xlogy(target.probs, target.probs) - torch.xlogy(target.probs, q_top)).sum(1)
-    rows = rows + torch.xlogy(target.tail, target.tail) - torch.xlogy(target.tail, q_tail)
-    overlap = torch.minimum(target.probs, q_top).sum(1) + torch.minimum(target.tail, q_tail)
-    return Divergence((row_weight * rows).sum(), rows.detach(), normaliser.detach(), overlap.detach())
+def reverse_kl(p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p) = sum_b q (log q - log p): mode-seeking.
+
+    DistillSpec (arXiv 2310.08461, section 3), MiniLLM (arXiv 2306.08543).  Needs the tail's bucket: over the named
+    tokens alone q's mass elsewhere would cost nothing.  Infinite where q has mass and p has none, so p is taken as
+    at least 1e-6 per bucket, which can make a value negative by at most 1e-6 B.
+    """
+    return (log_q.exp() * (log_q - p.clamp(min=_FLOOR).log())).sum(1)
 
 
-class _SparseForwardKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: TopK,
-        row_weight: Tensor,
-        chunk: int,
-        low_precision: bool,
-        wants: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n = len(hidden)
-        rows, normaliser, overlap = (hidden.new_empty(n) for _ in range(3))
-        factor = torch.bfloat16 if low_precision else hidden.dtype
-        hidden_, weight_ = hidden.to(factor), weight.to(factor)
-        grad_hidden = torch.empty_like(hidden) if wants[0] else None
-        grad_weight = torch.zeros_like(weight) if wants[1] else None
-        for start in range(0, n, chunk):
-            part = slice(start, start + chunk)
-            z = (hidden_[part] @ weight_.T).to(hidden.dtype)
-            rows[part], normaliser[part], overlap[part] = _rows(z, target[part], row_weight[part])
-            if any(wants):
-                g = z.to(factor)
-            if grad_hidden is not None:
-                grad_hidden[part] = g @ weight_
-            if grad_weight is not None and low_precision:
-                grad_weight += g.T @ hidden_[part]
-            elif grad_weight is not None:
-                grad_weight.addmm_(g.T, hidden_[part])
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(rows, normaliser, overlap)
-        return (row_weight * rows).sum(), rows, normaliser, overlap
+def acceptance(p: Tensor, log_q: Tensor) -> Tensor:
+    """alpha = sum_b min(p, q), in [0, 1]: the chance that a proposal drawn from q is accepted.
 
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = [None if g is None else grad_total * g for g in (grad_hidden, grad_weight)]
-        return *scaled, None, None, None, None, None
+    Leviathan et al. 2023 (arXiv 2211.17192, corollary 3.6).  Not itself a divergence: 1 - alpha is.
+    """
+    return torch.minimum(p, log_q.exp()).sum(1)
 
 
-def _rows(z: Tensor, target: TopK, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL, log-normaliser and overlap of a chunk; ``z`` (logits) is overwritten with its weighted gradient."""
-    valid = target.ids >= 0
-    # A row's missing ids repeat one of its own: zeroing that one twice changes nothing.
-    ids = torch.where(valid, target.ids, target.ids.amax(1, keepdim=True).clamp(min=0))
-    z.mul_(target.inverse_temperature[:, None])
-    top = z.amax(1, keepdim=True)
-    z.sub_(top).exp_()
-    e_top = z.gather(1, ids).masked_fill_(~valid, 0)
-    z.scatter_(1, ids, 0)
-    e_tail = z.sum(1)
-    e_all = e_top.sum(1) + e_tail
-    q_top = e_top / e_all[:, None]
-    q_tail = e_tail / e_all
-    tiny = torch.finfo(z.dtype).tiny
-    kl = (torch.xlogy(target.probs, target.probs) - torch.xlogy(target.probs, q_top.clamp(min=tiny))).sum(1)
-    kl += torch.xlogy(target.tail, target.tail) - torch.xlogy(target.tail, q_tail.clamp(min=tiny))
-    overlap = torch.minimum(target.probs, q_top).sum(1) + torch.minimum(target.tail, q_tail)
-    scale = row_weight * target.inverse_temperature
-    z.mul_((scale * (1 / e_all - target.tail / e_tail.clamp(min=tiny)))[:, None])
-    z.scatter_add_(1, ids, (q_top - target.probs).masked_fill_(~valid, 0) * scale[:, None])
-    return kl, top[:, 0] + e_all.log(), overlap
+def total_variation(p: Tensor, log_q: Tensor) -> Tensor:
+    """1 - alpha, in [0, 1]: what is lost at a position, directly.
+
+    DistillSpec's TVD (arXiv 2310.08461, section 3).  Its gradient is in size at most q on either side, so where q is
+    far from p, as at a fresh drafter's beginning, it hardly teaches.
+    """
+    return 1 - acceptance(p, log_q)
+
+
+def lk_log(p: Tensor, log_q: Tensor) -> Tensor:
+    """-log alpha.
+
+    LK losses (Samarin et al. 2026, arXiv 2602.23881): the total variation's direction, 1 / alpha times as long, so that
+    it does not vanish where q is far from p.  Here alpha is at least 1e-6, and below that nothing is taught.
+    """
+    return -acceptance(p, log_q).clamp(min=_LEAST_ACCEPTANCE).log()
+
+
+def lk_hybrid(p: Tensor, log_q: Tensor) -> Tensor:
+    """lambda KL(p || q) + (1 - lambda) TV, with lambda = exp(-3 alpha) held constant.
+
+    LK losses (Samarin et al. 2026, arXiv 2602.23881): KL leads while alpha is small, TV once it is not.  Here lambda
+    is each row's own; SpecForge's implementation takes it from the mean alpha of a step's rows.
+    """
+    alpha = acceptance(p, log_q)
+    trust = (-_LK_DECAY * alpha.detach()).exp()
+    return trust * forward_kl(p, log_q) + (1 - trust) * (1 - alpha)
+
+
+#: By their names in the settings.
+DIVERGENCES: Mapping[str, Divergence] = {
+    f.__name__: f for f in (forward_kl, reverse_kl, total_variation, lk_log, lk_hybrid)
+}

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from livedraft.kernels.divergence import TopK
-from livedraft.trainer.lesson import Chains, Lesson
-from livedraft.trainer.unroll import Roots
+from livedraft.trainer.lesson import Ints, Lesson
+from livedraft.trainer.unroll import Forest, Level
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """The target's word on one step of the unroll, for n of the C chains."""
+    """What one level of the forest is taught, for n of its rows."""
 
-    #: i64[n] chains spoken of.
-    chains: Tensor
+    #: i64[n] rows spoken of, and the committed chain that each continues; -1 on rejected nodes.
+    rows: Tensor
+    chain: Tensor
     target: TopK
     #: bool[n] True on rejected nodes.
     rejected: Tensor
+    #: i64[n] row of the head that stands for the committed token that came next; -1 where none does.
+    following: Tensor
+    #: i64[n] row of the head that stands for the token proposed next, drawn by chance; -1 where none was.
+    proposal: Tensor
+    #: f[n] log-probability with which it was drawn, and how many tokens were accepted from it on.
+    proposed: Tensor
+    accepted: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one optimiser step learns from."""
 
-    roots: Roots
-    #: One per step of the unroll.
+    forest: Forest
+    #: One per level.
     steps: tuple[Supervision, ...]
-    #: f[C, D] log-probability with which each token read was proposed; 0 where not drawn by chance.
-    proposed: Tensor
-    #: f[C]
-    inverse_temperature: Tensor
+    #: Per level f[n] log-probability with which the token read was proposed; 0 where it was not drawn by chance.
+    drawn: tuple[Tensor, ...]
     #: Committed positions supervised at the first step.
     tokens: int
     #: Mean target probability that the draft vocabulary cannot express.
@@ -48,34 +56,89 @@ def pack(lessons: Sequence[Lesson], draft_row: Tensor, *, hard_greedy: bool = Fa
     request its best token alone, since only that one is ever accepted.
     """
     lengths = [len(lesson.next_tokens) for lesson in lessons]
-    chains = [len(lesson.committed.root) + len(lesson.rejected.root) for lesson in lessons]
-    first = np.repeat(np.cumsum([0, *lengths[:-1]]), chains)
-    lines = [line for lesson in lessons for line in (lesson.committed, lesson.rejected)]
+    first = np.cumsum([0, *lengths[:-1]])
     ids, probs, tail, inverse = _targets(lessons, hard_greedy)
-    rows, excluded = _over_draft_vocabulary(ids, probs, tail, inverse, draft_row)
-    wanted = torch.from_numpy(np.concatenate(_row_offsets(lessons)))
-    rejected = torch.cat([torch.full((len(line.root),), i % 2 == 1) for i, line in enumerate(lines)])
-    usable = rows.tail + rows.probs.sum(1) > 0
-    steps = tuple(_supervision(wanted[:, k], rows, rejected, usable) for k in range(wanted.shape[1]))
-    roots = Roots(
+    targets, excluded = _over_draft_vocabulary(ids, probs, tail, inverse, draft_row)
+    usable = targets.tail + targets.probs.sum(1) > 0
+    levels = list(_levels(lessons))
+    forest = Forest(
         features=torch.cat([lesson.features for lesson in lessons]),
         next_tokens=torch.cat([lesson.next_tokens for lesson in lessons]),
         positions=torch.cat([torch.arange(n) for n in lengths]),
         lengths=lengths,
-        chains=chains,
-        root=torch.from_numpy(np.concatenate([line.root for line in lines]) + first),
-        tokens=torch.from_numpy(np.concatenate([line.tokens for line in lines])),
+        root=torch.from_numpy(np.concatenate([x.committed.root + at for x, at in zip(lessons, first, strict=True)])),
+        levels=[level.shape for level in levels],
     )
+    steps = tuple(_supervision(level, targets, usable, draft_row) for level in levels)
     return Batch(
-        roots=roots,
+        forest=forest,
         steps=steps,
-        proposed=torch.from_numpy(np.concatenate([line.proposed for line in lines])),
-        inverse_temperature=torch.cat(
-            [torch.full((n,), 1 / lesson.temperature) for n, lesson in zip(chains, lessons, strict=True)]
-        ),
+        drawn=tuple(torch.from_numpy(level.drawn) for level in levels),
         tokens=int((~steps[0].rejected).sum()),
         excluded=excluded,
     )
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A level before it is looked up in the draft vocabulary: n rows, -1 where there is nothing."""
+
+    shape: Level
+    drawn: NDArray[np.float32]
+    rejected: NDArray[np.bool_]
+    #: i64[n]
+    chain: Ints
+    target: Ints
+    following: Ints
+    proposal: Ints
+    #: f[n]
+    proposed: NDArray[np.float32]
+    accepted: NDArray[np.float32]
+
+
+def _levels(lessons: Sequence[Lesson]) -> Iterator[_Laid]:
+    """Of each sequence in turn: its committed chains, then the branches of that step."""
+    before = [np.zeros(0, np.int64) for _ in lessons]  # place of each branch among its level's
+    first = np.zeros(len(lessons), np.int64)  # of each sequence's rows in the level above
+    rows_before = np.cumsum([0, *(len(lesson.tail) for lesson in lessons)])
+    chains_before = np.cumsum([0, *(len(lesson.committed.root) for lesson in lessons)])
+    branching = any(len(lesson.rejected.chain) for lesson in lessons)
+    for k in range(lessons[0].committed.tokens.shape[1]):
+        parts: list[tuple[NDArray[Any], ...]] = []
+        counts, parents, places = [], [], []
+        for i, lesson in enumerate(lessons):
+            chains, branches = lesson.committed, lesson.rejected
+            here = np.flatnonzero(branches.step == k) if k else np.zeros(0, np.int64)
+            trunk, none = len(chains.root), np.full(len(here), -1)
+            above = branches.parent[here]
+            # Where its parent stands in the level above: on the trunk, or among that level's branches.
+            hangs = np.where(above < 0, branches.chain[here], trunk + before[i][above] if k > 1 else 0)
+            parents.append(first[i] + np.concatenate([np.arange(trunk), hangs]))
+            place = np.zeros(len(branches.step), np.int64)
+            place[here] = np.arange(len(here))
+            places.append(place)
+            counts.append(trunk + len(here))
+            # The token that a chain reads was drawn if it is the one proposed a step earlier, and was accepted.
+            taken = chains.accepted[:, k - 1] > 0 if k else np.zeros(trunk, bool)
+            drawn = np.where(taken, chains.proposed[:, k - 1], 0)
+            rows = np.concatenate([chains.rows[:, k], branches.row[here]])
+            parts.append(
+                (
+                    np.concatenate([chains.tokens[:, k], branches.token[here]]),
+                    np.concatenate([drawn, branches.proposed[here]]).astype(np.float32),
+                    np.arange(counts[-1]) >= trunk,
+                    np.concatenate([chains_before[i] + np.arange(trunk), none]),
+                    np.where(rows >= 0, rows + rows_before[i], -1),
+                    np.concatenate([chains.following[:, k], none]),
+                    np.concatenate([chains.proposal[:, k], none]),
+                    np.concatenate([chains.proposed[:, k], np.zeros(len(here), np.float32)]),
+                    np.concatenate([chains.accepted[:, k], np.zeros(len(here), np.float32)]),
+                )
+            )
+        before, first = places, np.cumsum([0, *counts[:-1]])
+        tokens, *rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parent = torch.from_numpy(np.concatenate(parents)) if k and branching else None
+        yield _Laid(Level(torch.from_numpy(tokens), parent, counts), *rest)
 
 
 def _targets(lessons: Sequence[Lesson], hard_greedy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,23 +169,22 @@ def _over_draft_vocabulary(
     return TopK(rows, kept / mass[:, None], tail / mass, inverse), excluded
 
 
-def _row_offsets(lessons: Sequence[Lesson]) -> list[np.ndarray]:
-    """Each lesson's wanted rows, numbered over the whole batch."""
-    shifted, before = [], 0
-    for lesson in lessons:
-        for line in (lesson.committed, lesson.rejected):
-            shifted.append(_shift(line, before))
-        before += len(lesson.tail)
-    return shifted
+def _supervision(laid: _Laid, targets: TopK, usable: Tensor, draft_row: Tensor) -> Supervision:
+    wanted = torch.from_numpy(laid.target)
+    rows = torch.nonzero(wanted >= 0)[:, 0]
+    rows = rows[usable[wanted[rows]]]
 
+    def head_row(tokens: Ints) -> Tensor:
+        ids = torch.from_numpy(tokens)[rows]
+        return torch.where(ids >= 0, draft_row[ids.clamp(min=0)], -1)
 
-def _shift(line: Chains, by: int) -> np.ndarray:
-    return np.where(line.rows >= 0, line.rows + by, -1)
-
-
-def _supervision(wanted: Tensor, rows: TopK, rejected: Tensor, usable: Tensor) -> Supervision:
-    chains = torch.nonzero(wanted >= 0)[:, 0]
-    chains = chains[usable[wanted[chains]]]
-    at = wanted[chains]
-    target = TopK(rows.ids[at], rows.probs[at], rows.tail[at], rows.inverse_temperature[at])
-    return Supervision(chains, target, rejected[chains])
+    return Supervision(
+        rows=rows,
+        chain=torch.from_numpy(laid.chain)[rows],
+        target=targets[wanted[rows]],
+        rejected=torch.from_numpy(laid.rejected)[rows],
+        following=head_row(laid.following),
+        proposal=head_row(laid.proposal),
+        proposed=torch.from_numpy(laid.proposed)[rows],
+        accepted=torch.from_numpy(laid.accepted)[rows],
+    )

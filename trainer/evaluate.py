@@ -114,10 +114,10 @@ def _acceptance(
     drafter: Drafter, traces: Sequence[Trace], lessons: Sequence[Lesson], depth: int
 ) -> Iterator[NDArray[np.float64]]:
     """Per trace f[n, depth]: chance that each proposal from each of its n roots is accepted, given its prefix."""
-    roots = pack(lessons, drafter.draft_row).roots
-    chances = [torch.zeros(n, depth) for n in roots.chains]
-    for step, hidden in enumerate(unroll(drafter, roots, depth)):
-        logits = torch.split(drafter.lm_head(drafter.norm(hidden)), roots.chains)
+    forest = pack(lessons, drafter.draft_row).forest
+    chances = [torch.zeros(n, depth) for n in forest.levels[0].counts]
+    for step, hidden in enumerate(unroll(drafter, forest, depth)):
+        logits = torch.split(drafter.lm_head(drafter.norm(hidden)), forest.levels[step].counts)
         for i, (trace, about) in enumerate(zip(traces, lessons, strict=True)):
             chances[i][:, step] = _accepted(drafter, logits[i], about, step, trace.sampling)
     for trace, about, chance in zip(traces, lessons, chances, strict=True):

@@ -22,7 +22,7 @@ from livedraft.traces.arrays import to_numpy
 from livedraft.trainer.average import Average
 from livedraft.trainer.batch import pack
 from livedraft.trainer.evaluate import can_score
-from livedraft.trainer.lesson import Lesson, lesson
+from livedraft.trainer.lesson import Lesson, Rejections, lesson
 from livedraft.trainer.model import Drafter
 from livedraft.trainer.objective import Loss, Objective, loss
 from livedraft.trainer.optimizer import Optimizer
@@ -125,6 +125,8 @@ class Learner:
             unroll=settings.unroll,
             decay=settings.decay,
             discard=settings.discard,
+            terms=settings.objective_terms,
+            importance_cap=settings.importance_cap,
             low_precision=low_precision,
         )
 
@@ -169,7 +171,7 @@ class Learner:
         found = loss(self.drafter, batch, self._objective)
         self._optimizer.zero_grad()
         torch.autograd.backward(found.total)
-        self._feature_rms = self._feature_rms or float(batch.roots.features.square().mean().sqrt())
+        self._feature_rms = self._feature_rms or float(batch.forest.features.square().mean().sqrt())
         if self._optimizer.step(self.steps, self._feature_rms):
             self._average.update(self.steps)
             self._accept_length += 0.05 * (found.accept_length - self._accept_length)
@@ -273,7 +275,8 @@ class Learner:
             self.depth,
             start=start,
             window=settings.window,
-            stale=self._stale if settings.discard else None,
+            stale=self._stale,
+            rejections=Rejections(settings.discard_depth, settings.discard_topk) if settings.discard else None,
             every=settings.root_every,
             skip=self._random.randrange(settings.root_every) if settings.root_every > 1 else 0,
         )

@@ -19,20 +19,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Chains:
-    """C lines of D drafting steps, each hanging on one position."""
+    """C lines of D drafting steps along the committed text, each hanging on one position."""
 
     #: i64[C] position, within the window, whose features the first step reads.
     root: Ints
     #: i64[C, D] token read at each step; the first is the committed token after ``root``.
     tokens: Ints
-    #: i64[C, D] row of the target's distribution after that token; -1 where none was recorded or none is wanted.
+    #: i64[C, D] row of the target's distribution after that token; -1 where none was recorded.
     rows: Ints
-    #: f[C, D] log-probability with which that token was proposed; 0 where it was not drawn by chance.
-    proposed: NDArray[np.float32]
+    #: i64[C, D] the committed token that comes next; -1 past the end.
+    following: Ints
+    #: i64[C, D] token that a verify round proposed there, drawn by chance after nothing but accepted ones; -1: none.
+    proposal: Ints
+    #: f[C, D] log-probability with which it was drawn, and how many tokens were accepted from it on.
+    proposed: Floats
+    accepted: Floats
+
+
+@dataclass(frozen=True)
+class Branches:
+    """B rejected nodes, parents before children, each read once."""
+
+    #: i64[B] committed chain whose root they hang on.
+    chain: Ints
+    #: i64[B] drafting step that reads the node's token: its depth, 1 for a root's child.
+    step: Ints
+    #: i64[B] parent among the branches; -1: the chain itself, at the step before.
+    parent: Ints
+    token: Ints
+    #: i64[B] row of the target's distribution after the node.
+    row: Ints
+    #: f[B] log-probability with which the token was proposed; 0 where it was not drawn by chance.
+    proposed: Floats
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """Which rejected nodes teach; 0 sets no limit."""
+
+    #: Deepest.
+    depth: int = 0
+    #: Rank, among the target's candidates there, that a token must have reached.
+    topk: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +77,7 @@ class Lesson:
     #: i64[L] the token after each position.
     next_tokens: Tensor
     committed: Chains
-    rejected: Chains
+    rejected: Branches
     #: i64[rows, K], f[rows, K], f[rows]
     top_ids: Tensor
     top_logprobs: Tensor
@@ -108,15 +141,17 @@ def lesson(
     *,
     start: int = 0,
     window: int | None = None,
-    stale: Set[str] | None = None,
+    stale: Set[str] = frozenset(),
+    rejections: Rejections | None = None,
     every: int = 1,
     skip: int = 0,
 ) -> Lesson:
     """The window of at most ``window`` positions from ``start`` on, with chains of ``depth`` steps.
 
     Chains hang on every position whose next token has a recorded target row, prompt excluded; or, after the first
-    ``skip`` of these, on one in ``every``.  Rejected nodes give one more chain per rejected leaf, except those of
-    drafter versions in ``stale``; ``stale`` None leaves the rejected out.  Positions without features are left out.
+    ``skip`` of these, on one in ``every``.  Rejected nodes hang on those chains if ``rejections`` says which are
+    wanted.  Of rounds by drafter versions in ``stale`` neither rejections nor proposals are used.  Positions without
+    features are left out.
     """
     tokens = np.concatenate([to_numpy(trace.prompt), to_numpy(trace.output)]).astype(np.int64)
     assert trace.features.values is not None, "admission lets only traces with features in"
@@ -126,12 +161,15 @@ def lesson(
     end = end if window is None else min(end, start + window)
     nodes = lay_open(trace.rounds)
     rows = row_after(trace, nodes, len(tokens))
-    rejected = _rejected(trace, nodes, tokens, depth, start, end, stale)
+    roots = np.arange(start, end)
+    roots = roots[rows[roots + 1] >= 0]
+    roots = roots[skip % max(1, len(roots)) :: every]
+    rounds = _Rounds(trace, nodes, roots, stale, len(tokens))
     return Lesson(
         features=torch.tensor(features[start - trace.features.start : end - trace.features.start]),
         next_tokens=torch.from_numpy(tokens[start + 1 : end + 1]),
-        committed=_committed(tokens, rows, depth, start, end, every, skip),
-        rejected=rejected,
+        committed=_committed(tokens, rows, depth, roots, start, rounds),
+        rejected=_rejected(rounds, depth, rejections),
         top_ids=torch.from_numpy(to_numpy(trace.rounds.top_ids).astype(np.int64)),
         top_logprobs=torch.tensor(to_float32(trace.rounds.top_logprobs)),
         tail=torch.tensor(to_float32(trace.rounds.tail)).clamp(min=0),
@@ -140,53 +178,67 @@ def lesson(
     )
 
 
-def _committed(tokens: Ints, rows: Ints, depth: int, start: int, end: int, every: int, skip: int) -> Chains:
-    root = np.arange(start, end)
-    root = root[rows[root + 1] >= 0]
-    root = root[skip % max(1, len(root)) :: every]
-    reads = root[:, None] + 1 + np.arange(depth)
-    inside = reads < len(tokens)
-    reads = np.minimum(reads, len(tokens) - 1)
-    wanted = np.where(inside, rows[reads], -1)
-    return Chains(root - start, tokens[reads], wanted, np.zeros(reads.shape, np.float32))
+class _Rounds:
+    """The proposals of a trace, and where each hangs on the committed chains."""
+
+    def __init__(self, trace: Trace, nodes: Nodes, roots: Ints, stale: Set[str], length: int) -> None:
+        rounds = trace.rounds
+        self.nodes = nodes
+        self.token = to_numpy(rounds.tokens).astype(np.int64)
+        self.logprob = to_float32(rounds.logprobs)
+        self.top_ids = to_numpy(rounds.top_ids)
+        root = to_numpy(rounds.root).astype(np.int64)
+        #: i64[M] chain of a node's root, -1 without one; and whether its parent stands in the committed text.
+        chain_at = np.full(length + 1, -1)
+        chain_at[roots] = np.arange(len(roots))
+        # A round that did not speculate names no drafter.
+        drafter = np.where(to_numpy(rounds.size) > 0, to_numpy(rounds.drafter), -1)
+        by_stale = np.array([*(version in stale for version in trace.drafters), False])[drafter]
+        usable = ~by_stale & (root > 0)
+        chain = np.where(usable, chain_at[np.clip(root - 1, 0, length)], -1)
+        self.chain = chain[nodes.round]
+        above = (nodes.parent < 0) | nodes.accepted[nodes.parent]
+        self.on_text = above & (root[nodes.round] + nodes.depth - 1 < length)
+        # Only a chain is drawn by chance: trees take the likeliest children, and have no density.
+        straight = np.ones(len(root), bool)
+        np.logical_and.at(straight, nodes.round, nodes.place == nodes.depth - 1)
+        self.by_chance = (straight & (trace.sampling.temperature > 0))[nodes.round]
+        self.kept = np.bincount(nodes.round, nodes.accepted, minlength=len(root))[nodes.round]
 
 
-def _rejected(
-    trace: Trace, nodes: Nodes, tokens: Ints, depth: int, start: int, end: int, stale: Set[str] | None
-) -> Chains:
-    """A chain per rejected leaf: its line from the root, asking for the rows of rejected nodes, each once."""
-    root = to_numpy(trace.rounds.root).astype(np.int64)
-    drafter = to_numpy(trace.rounds.drafter)
-    proposal = to_numpy(trace.rounds.tokens).astype(np.int64)
-    logprob = to_float32(trace.rounds.logprobs)
-    by_chance = trace.sampling.temperature > 0
-    parents = set(nodes.parent.tolist())
-    taken: set[int] = set()
-    lines: list[tuple[int, list[int]]] = []
-    if stale is not None:
-        for leaf in np.flatnonzero(~nodes.accepted).tolist():
-            r = int(nodes.round[leaf])
-            at = int(root[r]) - 1
-            if leaf not in parents and start <= at < end and trace.drafters[drafter[r]] not in stale:
-                lines.append((at, _line(leaf, nodes.parent)[: depth - 1]))
-    shape = (len(lines), depth)
-    read, wanted = np.zeros(shape, np.int64), np.full(shape, -1)
-    proposed = np.zeros(shape, np.float32)
-    for i, (at, line) in enumerate(lines):
-        read[i, 0] = tokens[at + 1]
-        for step, node in enumerate(line, 1):
-            read[i, step] = proposal[node]
-            if not nodes.accepted[node] and node not in taken:
-                wanted[i, step] = nodes.row[node]
-                taken.add(node)
-            # Only a chain is drawn by chance: trees take the likeliest children, and have no density.
-            if by_chance and nodes.place[node] == nodes.depth[node] - 1:
-                proposed[i, step] = logprob[node]
-    return Chains(np.array([at - start for at, _ in lines], np.int64), read, wanted, proposed)
+def _committed(tokens: Ints, rows: Ints, depth: int, roots: Ints, start: int, rounds: _Rounds) -> Chains:
+    reads = roots[:, None] + 1 + np.arange(depth)
+    last = len(tokens) - 1
+    following = np.where(reads < last, tokens[np.minimum(reads + 1, last)], -1)
+    wanted = np.where(reads <= last, rows[np.minimum(reads, last)], -1)
+    nodes = rounds.nodes
+    proposal = np.full(reads.shape, -1)
+    proposed, accepted = np.zeros((2, *reads.shape), np.float32)
+    drawn = rounds.by_chance & rounds.on_text & (rounds.chain >= 0) & (nodes.depth <= depth)
+    at = rounds.chain[drawn], nodes.depth[drawn] - 1
+    proposal[at], proposed[at] = rounds.token[drawn], rounds.logprob[drawn]
+    accepted[at] = np.maximum(rounds.kept - (nodes.depth - 1), 0)[drawn]
+    return Chains(roots - start, tokens[np.minimum(reads, last)], wanted, following, proposal, proposed, accepted)
 
 
-def _line(leaf: int, parent: Ints) -> list[int]:
-    line = [leaf]
-    while (above := int(parent[line[-1]])) >= 0:
-        line.append(above)
-    return line[::-1]
+def _rejected(rounds: _Rounds, depth: int, rejections: Rejections | None) -> Branches:
+    nodes = rounds.nodes
+    deepest = min(depth - 1, (rejections.depth or depth) if rejections else 0)
+    taken = ~nodes.accepted & (rounds.chain >= 0) & (nodes.depth <= deepest)
+    if rejections and rejections.topk:
+        parent_row = np.where(nodes.parent < 0, nodes.root_row[nodes.round], nodes.row[nodes.parent])
+        taken &= (rounds.top_ids[parent_row, : rejections.topk] == rounds.token[:, None]).any(1)
+    # A node without its parent has nothing to hang on.
+    for step in range(1, deepest + 1):
+        here = nodes.depth == step
+        taken[here] &= rounds.on_text[here] | taken[nodes.parent[here]]
+    number = np.cumsum(taken) - 1
+    kept = np.flatnonzero(taken)
+    return Branches(
+        chain=rounds.chain[kept],
+        step=nodes.depth[kept],
+        parent=np.where(rounds.on_text[kept], -1, number[nodes.parent[kept]]),
+        token=rounds.token[kept],
+        row=nodes.row[kept],
+        proposed=np.where(rounds.by_chance, rounds.logprob, 0)[kept].astype(np.float32),
+    )

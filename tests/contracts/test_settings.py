@@ -39,3 +39,37 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, named: str) 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"absent\.toml"):
         load(tmp_path / "absent.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("line", "terms"),
+    [
+        ("", {"forward_kl": 1.0}),
+        ('objective = "lk_hybrid"', {"lk_hybrid": 1.0}),
+        ("objective = { forward_kl = 0.5, ntp = 0.1 }", {"forward_kl": 0.5, "ntp": 0.1}),
+    ],
+)
+def test_an_objective_is_a_name_or_a_table(tmp_path: Path, line: str, terms: dict[str, float]) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f"[trainer]\n{line}\n")
+    assert load(path, {}).trainer.objective_terms == terms
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('objective = "kl"', r"objective: unknown 'kl', expected names of forward_kl, .*policy_gradient"),
+        ("objective = { forward_kl = 1.0, hinge = 2.0 }", r"objective: unknown 'hinge'"),
+        ("objective = { forward_kl = -1.0 }", r"objective: .* weights above 0"),
+        ("objective = {}", r"objective: .* at least one name"),
+        ('objective = "ntp"\ndiscard = 0.1', r"discard: 0.1, expected 0, or above 0 with one of forward_kl"),
+        ("discard = -0.1", r"discard: -0.1"),
+        ("discard_depth = -1", r"discard_depth: -1"),
+        ("importance_cap = 0.0", r"importance_cap: 0.0, expected a number above 0"),
+    ],
+)
+def test_a_wrong_objective_is_refused_with_what_was_expected(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f"[trainer]\n{line}\n")
+    with pytest.raises(SettingsError, match=said):
+        load(path, {})

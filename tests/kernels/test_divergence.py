@@ -1,86 +1,144 @@
-"""The chunked divergence against its naive twin, in value and in every gradient."""
+"""Every divergence: what makes it one, and its gradient against the naive full-vocabulary form."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from livedraft.kernels.divergence import TopK, sparse_forward_kl, sparse_forward_kl_reference
+from hypothesis import given
+from hypothesis import strategies as st
+from livedraft.kernels.buckets import graded_buckets
+from livedraft.kernels.divergence import DIVERGENCES, TopK, acceptance, forward_kl, lk_hybrid, lk_log, total_variation
+from torch import Tensor
+
+VOCAB = 12
+NAMES = sorted(DIVERGENCES)
+seeds = st.integers(0, 100_000)
 
 
-def rows(n: int, vocab: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, 8, generator=g, dtype=dtype)
-    weight = torch.randn(vocab, 8, generator=g, dtype=dtype)
-    inverse_temperature = torch.rand(n, generator=g, dtype=dtype) + 0.5
-    p = (torch.randn(n, vocab, generator=g, dtype=dtype) * 2).softmax(1)
-    probs, ids = p.topk(k, 1)
-    row_weight = torch.rand(n, generator=g, dtype=dtype)
-    return hidden, weight, ids, probs, inverse_temperature, row_weight
+def distributions(seed: int, rows: int = 5, vocab: int = VOCAB, sharpness: float = 2.0) -> tuple[Tensor, Tensor]:
+    """p and log q, dense, in float64."""
+    z = torch.randn(2, rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * sharpness
+    return z[0].softmax(1), z[1].log_softmax(1)
 
 
-def sparse(ids: torch.Tensor, probs: torch.Tensor, inverse_temperature: torch.Tensor) -> TopK:
-    return TopK(ids, probs, 1 - probs.sum(1), inverse_temperature)
+def bucketed(p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both with the k likeliest of p named and the rest in one bucket."""
+    order = p.argsort(1, descending=True)
+    p, log_q = p.gather(1, order), log_q.gather(1, order)
+    if k == p.shape[1]:
+        return torch.nn.functional.pad(p, (0, 1)), torch.nn.functional.pad(log_q, (0, 1), value=-700.0)
+    return (
+        torch.cat([p[:, :k], p[:, k:].sum(1, keepdim=True)], 1),
+        torch.cat([log_q[:, :k], log_q[:, k:].logsumexp(1, keepdim=True)], 1),
+    )
 
 
-@pytest.mark.parametrize("n", [1, 7, 12])
-@pytest.mark.parametrize("missing", [False, True])
-def test_equals_the_reference_in_value_and_gradient(n: int, missing: bool) -> None:
-    hidden, weight, ids, probs, inverse_temperature, row_weight = rows(n, 30, 4, n)
-    if missing:
-        ids, probs = ids.clone(), probs.clone()
-        ids[0, 1], ids[-1, 0] = -1, -1
-        probs[0, 1], probs[-1, 0] = 0, 0
-    target = sparse(ids, probs, inverse_temperature)
-    results = []
-    for function in (sparse_forward_kl_reference, lambda *a: sparse_forward_kl(*a, chunk=5)):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        found = function(h, w, target, row_weight)
-        torch.autograd.backward(3 * found.total)
-        results.append((found.total.detach(), found.rows, found.log_normaliser, found.overlap, h.grad, w.grad))
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+def naive(name: str, p: Tensor, log_q: Tensor) -> Tensor:
+    """Each formula as its paper writes it, over the whole vocabulary."""
+    q = log_q.exp()
+    alpha = torch.min(p, q).sum(1)
+    kl = (p * (p.log() - log_q)).sum(1)
+    if name == "lk_hybrid":
+        trust = torch.exp(-3 * alpha).detach()
+        return trust * kl + (1 - trust) * 0.5 * (p - q).abs().sum(1)
+    return {
+        "forward_kl": kl,
+        "reverse_kl": (q * (log_q - p.log())).sum(1),
+        "total_variation": 0.5 * (p - q).abs().sum(1),
+        "lk_log": -alpha.log(),
+    }[name]
 
 
-def test_float32_is_close_to_float64() -> None:
-    parts = rows(40, 200, 8, 3)
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=seeds)
+def test_zero_where_the_drafter_is_the_target_and_above_it_elsewhere(name: str, seed: int) -> None:
+    p, log_q = distributions(seed)
+    for k in (1, 4, VOCAB):
+        some_p, some_log_q = bucketed(p, log_q, k)
+        assert (DIVERGENCES[name](some_p, some_log_q) > -1e-5).all()
+        same = DIVERGENCES[name](*bucketed(p, p.log(), k))
+        torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-5, rtol=0)
+
+
+@given(seed=seeds)
+def test_bounds(seed: int) -> None:
+    p, log_q = bucketed(*distributions(seed, sharpness=4.0), 4)
+    alpha, tv = acceptance(p, log_q), total_variation(p, log_q)
+    assert ((alpha >= 0) & (alpha <= 1 + 1e-12)).all()
+    torch.testing.assert_close(tv, 0.5 * (p - log_q.exp()).abs().sum(1))
+    assert (tv <= (forward_kl(p, log_q) / 2).sqrt() + 1e-9).all()  # Pinsker
+    assert (lk_log(p, log_q) >= tv - 1e-12).all()
+    assert (lk_hybrid(p, log_q) >= 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=seeds)
+def test_the_order_of_the_vocabulary_is_nothing_to_it(name: str, seed: int) -> None:
+    p, log_q = distributions(seed)
+    order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed + 1))
+    for k in (3, VOCAB):
+        before, after = (DIVERGENCES[name](*bucketed(*x, k)) for x in ((p, log_q), (p[:, order], log_q[:, order])))
+        torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "total_variation", "lk_log"])
+@given(seed=seeds)
+def test_more_buckets_tell_more_and_all_of_them_everything(name: str, seed: int) -> None:
+    p, log_q = distributions(seed)
+    p = 0.99 * p + 0.01 / VOCAB  # above reverse KL's floor
+    values = [DIVERGENCES[name](*bucketed(p, log_q, k)) for k in range(1, VOCAB + 1)]
+    for coarse, fine in itertools.pairwise(values):
+        assert (coarse <= fine + 1e-9).all()
+    torch.testing.assert_close(values[-1], naive(name, p, log_q))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_gradients_are_those_of_the_naive_form_over_the_vocabulary(name: str, temperature: float) -> None:
+    """Through the head, with every token named: float64 autograd of all logits at the request's temperature."""
+    g = torch.Generator().manual_seed(7)
+    hidden, weight = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (9, VOCAB))
+    p = (torch.randn(9, VOCAB, generator=g, dtype=torch.float64) / temperature).softmax(1)
+    p = 0.999 * p + 0.001 / VOCAB  # above reverse KL's floor
+    probs, ids = p.sort(1, descending=True)
+    inverse = torch.full((9,), 1 / temperature, dtype=torch.float64)
+    share = torch.rand(9, generator=g, dtype=torch.float64)
+    target = TopK(ids, probs, torch.zeros(9).double(), inverse)
     gradients = []
-    for dtype in (torch.float64, torch.float32):
-        hidden, weight, ids, probs, inverse_temperature, row_weight = (
-            t.to(dtype) if t.is_floating_point() else t for t in parts
-        )
+    for dense in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        torch.autograd.backward(sparse_forward_kl(h, w, sparse(ids, probs, inverse_temperature), row_weight).total)
-        gradients.append((h.grad, w.grad))
+        if dense:
+            total = (share * naive(name, p, (h @ w.T / temperature).log_softmax(1))).sum()
+        else:
+            total = graded_buckets(
+                h, w, ids, inverse, share, lambda rows, log_q: DIVERGENCES[name](target.buckets[rows], log_q), chunk=4
+            ).total
+        torch.autograd.backward(total)
+        gradients.append((total.detach(), h.grad, w.grad))
     for expected, actual in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_low_precision_points_the_same_way() -> None:
-    hidden, weight, ids, probs, inverse_temperature, row_weight = rows(64, 300, 8, 4, torch.float32)
-    target = sparse(ids, probs, inverse_temperature)
-    gradients = []
-    for low in (False, True):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        torch.autograd.backward(sparse_forward_kl(h, w, target, row_weight, low_precision=low).total)
-        gradients.append(torch.cat([leaf.grad.flatten() for leaf in (h, w) if leaf.grad is not None]))
-    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("k", [1, 5])
+def test_gradients_with_a_tail_are_those_of_the_merged_vocabulary(name: str, k: int) -> None:
+    p, log_q = distributions(11)
+    z = log_q.clone().requires_grad_()
+    torch.autograd.backward(DIVERGENCES[name](*bucketed(p, z.log_softmax(1), k)).sum())
+    merged_p = bucketed(p, log_q, k)[0]
+    z_naive = log_q.clone().requires_grad_()
+    torch.autograd.backward(naive(name, merged_p, bucketed(p, z_naive.log_softmax(1), k)[1]).sum())
+    torch.testing.assert_close(z.grad, z_naive.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_is_the_dense_divergence_when_every_id_is_kept() -> None:
-    hidden, weight, ids, probs, inverse_temperature, row_weight = rows(6, 9, 9, 5)
-    found = sparse_forward_kl(
-        hidden, weight, TopK(ids, probs, torch.zeros(6).double(), inverse_temperature), row_weight
-    )
-    q = (hidden @ weight.T * inverse_temperature[:, None]).log_softmax(1).gather(1, ids)
-    torch.testing.assert_close(found.rows, (probs * (probs.log() - q)).sum(1))
-    torch.testing.assert_close(found.overlap, torch.minimum(probs, q.exp()).sum(1))
-
-
-def test_is_zero_with_overlap_one_when_the_drafter_is_the_target() -> None:
-    hidden, weight, *_ = rows(5, 20, 4, 6)
-    probs, ids = (hidden @ weight.T / 0.7).softmax(1).topk(4, 1)
-    found = sparse_forward_kl(
-        hidden, weight, sparse(ids, probs, torch.full((5,), 1 / 0.7).double()), torch.ones(5).double()
-    )
-    torch.testing.assert_close(found.rows, torch.zeros(5).double(), atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.overlap, torch.ones(5).double())
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hard_target_and_a_sure_drafter_stay_finite(name: str) -> None:
+    p = torch.tensor([[1.0, 0.0, 0.0]]).double()
+    z = torch.tensor([[-400.0, 400.0, 0.0]]).double().requires_grad_()
+    value = DIVERGENCES[name](p, z.log_softmax(1)).sum()
+    torch.autograd.backward(value)
+    assert value.isfinite()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()

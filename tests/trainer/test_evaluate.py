@@ -57,7 +57,7 @@ def greedy_text(drafter: Drafter, trace: Trace, depth: int) -> list[int]:
     for step in range(depth):
         about = lesson(trace, depth + 1)
         about.committed.tokens[0, : len(reads)] = reads
-        outputs = list(unroll(drafter, pack([about], drafter.draft_row).roots, step + 1))
+        outputs = list(unroll(drafter, pack([about], drafter.draft_row).forest, step + 1))
         reads.append(int(drafter.draft_ids[drafter.lm_head(drafter.norm(outputs[-1][0])).argmax()]))
     return reads[1:]
 
@@ -90,7 +90,7 @@ def test_a_drafter_that_is_the_target_is_always_accepted(
     """Record q as p, over text it could have drawn: then a round of one proposal commits two tokens."""
 
     def likeliest(trace: Trace) -> tuple[torch.Tensor, torch.Tensor]:
-        (hidden,) = unroll(drafter, pack([lesson(trace, 1)], drafter.draft_row).roots, 1)
+        (hidden,) = unroll(drafter, pack([lesson(trace, 1)], drafter.draft_row).forest, 1)
         p, ids = (drafter.lm_head(drafter.norm(hidden)) / 0.7).softmax(1).topk(8, 1)
         return p, ids
 
@@ -119,7 +119,7 @@ def test_sampled_acceptance_is_unbiased(drafter: Drafter, trace_of: TraceMaker) 
     prompt = [3, 4, 5]
     trace = trace_of(prompt, [([], [], [], 9)], k=40)
     about = lesson(trace, 2)
-    (hidden,) = unroll(drafter, pack([about], drafter.draft_row).roots, 1)
+    (hidden,) = unroll(drafter, pack([about], drafter.draft_row).forest, 1)
     q = (drafter.lm_head(drafter.norm(hidden))[0] / 0.7).softmax(0)
     p = torch.zeros(40)
     p[about.top_ids[0]] = about.top_logprobs[0].exp()
