@@ -15,7 +15,7 @@ SGLANG_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/livedraft
 SGLANG_KEY   := $(shell { $(PYTHON) -VV; echo "$(TORCH_INDEX)"; cat tests/sglang/requirements.txt; } | sha256sum | cut -c-16)
 SGLANG_PACKAGES := $(SGLANG_CACHE)/sglang-$(SGLANG_KEY)
 
-.PHONY: setup setup-sglang demo test test-sglang bench-sglang lint clean help
+.PHONY: setup setup-sglang demo test test-kernels test-sglang bench-sglang lint clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -48,6 +48,10 @@ demo: setup  ## watch a drafter learn from live traffic (about 10 minutes)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+
+test-kernels: setup  ## run the GPU kernels' tests, on a CPU by Triton's interpreter (fetches 290 MB once)
+	$(BIN)/pip install --quiet --editable ".[kernels]"
+	$(BIN)/python -m pytest tests/kernels_triton
 
 # The loop around SGLang runs in the project's own environment.
 test-sglang: setup setup-sglang  ## run the tests against SGLang

@@ -53,6 +53,41 @@ def verify_chain(p: Tensor, q: Tensor, tokens: Sequence[int], uniform: Callable[
     return n, draw(p[n], uniform())
 
 
+def verify_chains_reference(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``verify_chain`` of B sequences: i64[B] accepted and i64[B] bonus.  Specification of ``verify_triton``'s.
+
+    p: f32[B, n + 1, V]; q: f32[B, n, V]; tokens: i64[B, n]; lengths: i64[B] of each chain, at most n;
+    uniforms: f[B, n + 1] in [0, 1), taken from the left as they are needed.
+    """
+    found = []
+    for b, length in enumerate(lengths.tolist()):
+        rest = iter(uniforms[b].tolist())
+        found.append(verify_chain(p[b, : length + 1], q[b, :length], tokens[b, :length].tolist(), rest.__next__))
+    accepted, bonus = torch.tensor(found).T
+    return accepted, bonus
+
+
+def verify_trees_reference(
+    p: Tensor, tokens: Tensor, parents: Tensor, lengths: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``verify_tree`` of B sequences: i64[B, n] accepted path (-1 past its end), i64[B] its length, i64[B] bonus.
+
+    parents: i64[B, n], -1 for the root; lengths: i64[B] nodes of each tree; the rest as for chains.
+    """
+    paths = torch.full_like(tokens, -1)
+    accepted, bonus = [], []
+    for b, length in enumerate(lengths.tolist()):
+        rest = iter(uniforms[b].tolist())
+        nodes = tokens[b, :length].tolist(), parents[b, :length].tolist()
+        path, last = verify_tree(p[b, : length + 1], *nodes, rest.__next__)
+        paths[b, : len(path)] = torch.tensor(path, dtype=torch.int64)
+        accepted.append(len(path))
+        bonus.append(last)
+    return paths, torch.tensor(accepted), torch.tensor(bonus)
+
+
 def _walk(tokens: Sequence[int], parents: Sequence[int], choose: Callable[[int], int]) -> tuple[list[int], int]:
     children: dict[int, dict[int, int]] = {}
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
