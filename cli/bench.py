@@ -57,6 +57,21 @@ def swap(
 
 
 @app.command()
+def kernels(
+    json: JsonOption = None, target: TargetOption = "bundled", threads: ThreadsOption = 1, repeats: int = 5
+) -> None:
+    """The drafter's head under a divergence, chunked against all logits at once: time, and memory at its peak.
+
+    Forward and backward, at the target's vocabulary and at 4096 x 32768 x 1024 (which takes 4 GB and a minute or two).
+
+    Example: livedraft bench kernels --json -
+    """
+    from livedraft.benchmarks import kernels as benchmark
+
+    benchmark.kernels(json, target, threads, repeats)
+
+
+@app.command()
 def lossless(
     json: JsonOption = None,
     target: TargetOption = "bundled",
