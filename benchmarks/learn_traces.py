@@ -141,7 +141,9 @@ def record(sizes: Sizes, seed: int, target: str, out: Path, threads: int = 1) ->
     plans = plan(sizes, seed, prompts)
     engine = EngineSettings(target=target, threads=threads, adaptive_depth=False)
     # The revision is part of what the traces are: another target's must not be taken for this one's.
-    identity = msgspec.json.encode([_FORMAT, target, seed, asdict(sizes), engine, _revision(engine)])
+    # Of the engine's settings only those that shape traces: a new one elsewhere must not cost a recording.
+    shape = [engine.draft_depth, engine.capture_topk, engine.draft_vocab, engine.draft_intermediate]
+    identity = msgspec.json.encode([_FORMAT, target, seed, asdict(sizes), shape, _revision(engine)])
     sets = TraceSets(out / hashlib.sha256(identity).hexdigest()[:12])
     sets.folder.mkdir(parents=True, exist_ok=True)
     fresh = sets.folder / "fresh"
