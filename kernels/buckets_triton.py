@@ -10,10 +10,11 @@ Under ``TRITON_INTERPRET=1`` the same source runs on a CPU, slowly, for tests.  
 """
 
 # Triton's language has no types to write down.
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def log_buckets(
     hidden: Tensor, weight: Tensor, ids: Tensor, inverse_temperature: Tensor, low_precision: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As ``kernels.buckets.log_buckets``: f[N, M + 1] with a gradient, and f[N] without; low precision is TF32."""
-    named, rest = _LogSums.apply(hidden, weight, ids, inverse_temperature, low_precision)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _LogSums.apply
+    named, rest = apply(hidden, weight, ids, inverse_temperature, low_precision)
     nothing = float(torch.tensor(torch.finfo(named.dtype).tiny, dtype=torch.float64).log())
     z = torch.cat([torch.where(ids >= 0, named, -torch.inf), rest[:, None]], 1)
     normaliser = z.logsumexp(1, keepdim=True)

@@ -7,7 +7,7 @@ Under ``TRITON_INTERPRET=1`` the same source runs on a CPU, slowly, for tests.  
 """
 
 # Triton's language has no types to write down.
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_low_precision_points_the_same_way(device: str) -> None:
     parts = problem(device, 24, 100, 32, 4)
     results = [
         learned(f, parts, lambda log_q: log_q.square().sum())
-        for f in (log_buckets_reference, lambda *a: log_buckets(*a, low_precision=True))
+        for f in (log_buckets_reference, lambda h, w, ids, inverse: log_buckets(h, w, ids, inverse, True))
     ]
     for expected, actual in zip(*(r[2:] for r in results), strict=True):
         assert torch.cosine_similarity(expected.flatten(), actual.flatten(), dim=0) > 0.999

@@ -58,7 +58,7 @@ def test_trees_decide_as_their_twin(device: str, vocab: int, seed: int) -> None:
 
 def test_a_batch_of_chains_is_distributed_as_the_target(device: str) -> None:
     g = torch.Generator().manual_seed(5)
-    batch, vocab = 3000, 5
+    batch, vocab = 500, 5
     p0, q0 = rows(g, 2, vocab)
     tokens = torch.multinomial(q0, batch, replacement=True, generator=g)[:, None]
     p = torch.stack([p0, rows(g, vocab)]).expand(batch, 2, vocab)

@@ -64,7 +64,8 @@ def test_proposals_by_hand(trace_of: TraceMaker) -> None:
     found = lesson(trace, 3).committed
     # Round 1 hangs on position 1: 13 and 14 stood, 15 fell.  Round 2 on position 4: 17 fell, 18 was never looked at.
     assert found.proposal.tolist() == [[13, 14, 15], [-1, -1, -1], [-1, -1, -1], [17, -1, -1]]
-    np.testing.assert_allclose(found.proposed, [[-0.1, -0.2, -0.3], [0, 0, 0], [0, 0, 0], [-0.4, 0, 0]])
+    expected = np.array([[-0.1, -0.2, -0.3], [0, 0, 0], [0, 0, 0], [-0.4, 0, 0]])
+    np.testing.assert_allclose(found.proposed, expected)
     assert found.accepted.tolist() == [[2, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 

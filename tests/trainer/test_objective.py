@@ -33,7 +33,8 @@ def exact(about: Lesson) -> Lesson:
 
 def log_qs(drafter: Drafter, about: Lesson, k: int, hidden: Tensor) -> Tensor:
     """f[n, V] of all rows of level k, all logits at once."""
-    return (drafter.lm_head(drafter.norm(hidden)) / about.temperature).log_softmax(1)
+    log_q: Tensor = (drafter.lm_head(drafter.norm(hidden)) / about.temperature).log_softmax(1)
+    return log_q
 
 
 def on_buckets(about: Lesson, row: int, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def outputs(drafter: Drafter, lessons: list[Lesson]) -> list[list[Tensor]]:
     """[lesson][level] f[n, H] outputs."""
     batch = pack(lessons, drafter.draft_row)
     levels = zip(unroll(drafter, batch.forest, DEPTH), batch.forest.levels, strict=True)
-    return list(map(list, zip(*(out.split(level.counts) for out, level in levels), strict=True)))
+    return list(map(list, zip(*(torch.split(out, level.counts) for out, level in levels), strict=True)))
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -155,7 +155,9 @@ def test_gradients_of_a_tree_are_those_of_its_branches(drafter: Drafter, trace_o
         else:
             levels = outputs(drafter, [about])[0]
             drafted = [levels[step][place] for step, place, *_ in lines(about)]
-        torch.autograd.backward(sum(w * out.square().sum() for w, out in zip(share, drafted, strict=False)))
+        torch.autograd.backward(
+            torch.stack([w * out.square().sum() for w, out in zip(share, drafted, strict=False)]).sum()
+        )
         gradients.append({name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[1].items():
@@ -191,10 +193,10 @@ def test_no_sequence_sees_another(drafter: Drafter, trace_of: TraceMaker, sizes:
         batch = pack([lessons[0], second, *lessons[2:]], drafter.draft_row)
         inputs = batch.forest.features.requires_grad_()
         drafted = list(unroll(drafter, batch.forest, DEPTH))
-        torch.autograd.backward(sum(out.square().sum() for out in drafted))
+        torch.autograd.backward(torch.stack([out.square().sum() for out in drafted]).sum())
         assert inputs.grad is not None
-        parts = [inputs.grad.split(batch.forest.lengths)]
-        parts += [out.detach().split(x.counts) for out, x in zip(drafted, batch.forest.levels, strict=True)]
+        parts = [torch.split(inputs.grad, batch.forest.lengths)]
+        parts += [torch.split(out.detach(), x.counts) for out, x in zip(drafted, batch.forest.levels, strict=True)]
         results.append(parts)
     for before, after in zip(*results, strict=True):
         for i in range(len(sizes)):
