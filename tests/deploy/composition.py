@@ -178,7 +178,8 @@ class LocalStack:
         inherited = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "PYTHONPATH") if key in os.environ}
         return {
             **inherited,
-            **{key: self.local(name, str(value)) for key, value in said.items()},
+            # YAML makes nothing of what was interpolated to nothing; to Compose it is an empty string.
+            **{key: self.local(name, "" if value is None else str(value)) for key, value in said.items()},
             "HF_HUB_OFFLINE": "1",
         }
 
