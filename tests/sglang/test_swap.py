@@ -10,7 +10,7 @@ import shutil
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,22 @@ class Engine:
 
 @contextlib.contextmanager
 def engine(
-    folder: Path, speculation: Speculation | None, *, key: str | None = None, **environment: str
+    folder: Path,
+    speculation: Speculation | None,
+    *,
+    key: str | None = None,
+    target: Path = TARGET,
+    arguments: Sequence[str] = (),
+    **environment: str,
 ) -> Iterator[Engine]:
     port = free_port()
     environment["LIVEDRAFT_SGLANG__ADMIN_PORT"] = str(port)
     if key is not None:
         environment["LIVEDRAFT_GATEWAY__ADMIN_KEY"] = key
     plugins = environment.pop("plugins", "livedraft").split(",")
-    with serving(folder, speculation, environment=environment, plugins=plugins) as server:
+    with serving(
+        folder, speculation, target=target, arguments=arguments, environment=environment, plugins=plugins
+    ) as server:
         yield Engine(server, port, key)
 
 
