@@ -242,7 +242,7 @@ def test_tree(drawn: tuple[int, list[list[int]], list[list[int]]], data: st.Data
     )
     tokens = torch.tensor([[data.draw(st.integers(0, 2)) for _ in range(n)] for _ in range(batch)])
     best = torch.tensor([[data.draw(st.integers(0, 2)) for _ in range(n)] for _ in range(batch)])
-    deepest = 4
+    deepest = data.draw(st.integers(1, 4))
     predicts = torch.full((batch * n,), -1, dtype=torch.int32)
     accepted = torch.full((batch, deepest), -1, dtype=torch.int32)
     counts = torch.empty(batch, dtype=torch.int32)
