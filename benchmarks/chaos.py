@@ -1,7 +1,8 @@
 """Kills of producer, broker and trainer at random moments, and what that cost.
 
-The trainer here is one in little: it "learns" by adding a trace's id to its state, which it replaces whole together
-with the offsets, as the real one does with its weights.
+The trainer is ``livedraft trainer`` itself or, by default, one in little, which starts in a tenth of the time: it
+"learns" by adding a trace's id to its state, which it replaces whole together with the offsets, as the real one does
+with its weights.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+import numpy as np
 from livedraft.benchmarks.stream import make_trace
 from livedraft.cli.local_broker import LocalBroker, durable_broker
 from livedraft.cli.provenance import provenance, write
+from livedraft.cli.settings_file import write_settings
+from livedraft.cli.wiring import leave_with_parent
 from livedraft.contracts.errors import StreamUnavailable
-from livedraft.contracts.messages import Offsets, Record, Trace
+from livedraft.contracts.messages import Features, Offsets, Record, Trace
 from livedraft.contracts.ports import TraceSource
-from livedraft.contracts.settings import Kafka, Traces
+from livedraft.contracts.settings import Engine, Kafka, Registry, Settings, Traces, Trainer, load
 from livedraft.contracts.stopping import stopping
+from livedraft.traces.arrays import from_numpy
+from livedraft.traces.codec import decode, encode
 from livedraft.traces.kafka_reader import TopicReader
 from livedraft.traces.urls import broker_addresses, open_sink, open_source
 from rich.console import Console
@@ -38,6 +45,9 @@ _PAUSE_S, _DEAD_S = (0.2, 1.5), (0.1, 2.5)
 #: Seconds without kills that the offers of which are compared, and for everything to arrive in the end.
 _CALM_S, _SETTLE_S = 10.0, 120.0
 _TRACE_BYTES = 16 << 10
+#: Seconds for a real trainer to write a checkpoint of its own, before which it has nothing to lose; and between two
+#: traces, of which a real one remembers only so many.
+_TRAINER_S, _OFFER_S = 60.0, {"small": 0.005, "real": 0.05}
 
 
 class Learned(Record, frozen=True, kw_only=True):
@@ -49,7 +59,10 @@ class Learned(Record, frozen=True, kw_only=True):
     repeated: int = 0
 
 
-def chaos(place: Path | None, seed: int, kills: int) -> None:
+Kind = Literal["small", "real"]
+
+
+def chaos(place: Path | None, seed: int, kills: int, kind: Kind = "small") -> None:
     """See ``livedraft bench chaos --help``."""
     chance = random.Random(seed)
     with (
@@ -57,10 +70,11 @@ def chaos(place: Path | None, seed: int, kills: int) -> None:
         durable_broker() as broker,
         contextlib.ExitStack() as children,
     ):
-        site = _Site(broker, Path(folder))
+        site = _Site(broker, Path(folder), kind)
         producer, trainer = _Child(site, "producer"), _Child(site, "trainer")
         for child in (producer, trainer):
             children.callback(child.kill)
+        producer.wait_for_offers()
         time.sleep(_CALM_S)
         calm = producer.latencies()
         done: Counter[str] = Counter()
@@ -71,17 +85,21 @@ def chaos(place: Path | None, seed: int, kills: int) -> None:
                 broker.kill()
                 time.sleep(chance.uniform(*_DEAD_S))
                 broker.start()
+            elif victim == "producer":
+                producer.kill_and_restart()
             else:
-                (producer if victim == "producer" else trainer).kill_and_restart()
+                _wait_for_life(site, trainer)
+                trainer.kill_and_restart()
             done[victim] += 1
         stormy = producer.latencies()
         producer.stop()
         _send_what_is_spilled(site)
         acknowledged = producer.acknowledged
-        learned = _wait_for(site, acknowledged)
+        learned = _wait_for(site, trainer, acknowledged)
         published = _published(site)
         trainer.stop()
     report = {
+        "trainer": kind,
         "kills": sum(done.values()),
         "killed": dict(done),
         "acknowledged": len(acknowledged),
@@ -101,16 +119,74 @@ def chaos(place: Path | None, seed: int, kills: int) -> None:
 class _Site:
     """What all processes share."""
 
-    def __init__(self, broker: LocalBroker, folder: Path) -> None:
-        self.traces = Traces(url=f"kafka://{broker.address}", buffer_bytes=16 << 20)
-        self.kafka = Kafka(
-            prefix="chaos",
-            partitions=4,
-            session_timeout_s=2.0,
-            delivery_timeout_s=3.0,
-            spill=str(folder / "spill"),
+    def __init__(self, broker: LocalBroker, folder: Path, kind: Kind) -> None:
+        self.kind = kind
+        self.settings = Settings(
+            engine=Engine(draft_intermediate=64),
+            traces=Traces(url=f"kafka://{broker.address}", buffer_bytes=16 << 20, held_out=0.0),
+            kafka=Kafka(
+                prefix="chaos",
+                partitions=4,
+                session_timeout_s=2.0,
+                delivery_timeout_s=3.0,
+                spill=str(folder / "spill"),
+            ),
+            trainer=Trainer(
+                folder=str(folder / "trainer"), steps_per_trace=0.1, batch_traces=2, unroll=2, checkpoint_every_s=0.3
+            ),
+            registry=Registry(url="memory:"),
         )
+        self.traces, self.kafka = self.settings.traces, self.settings.kafka
+        self.config = write_settings(self.settings, folder / "livedraft.toml")
         self.state = folder / "state.msgpack"
+        self.trace = folder / "trace"
+        trace = make_trace(_TRACE_BYTES)
+        self.trace.write_bytes(encode(trace if kind == "small" else _to_learn_from(trace, self.settings)))
+
+    def command(self, role: str, life: int) -> list[str]:
+        """The command line of a process."""
+        if role == "trainer" and self.kind == "real":
+            return [sys.executable, "-m", "livedraft.cli.main", "trainer", "--config", str(self.config)]
+        given = [str(self.config), str(self.trace), str(self.state), self.kind, str(life)]
+        return [sys.executable, "-m", "livedraft.benchmarks.chaos", role, *given]
+
+    def learned(self) -> Learned:
+        """What the trainer had when it saved last."""
+        if self.kind == "small":
+            return _load(self.state)
+        from livedraft.trainer.learner import LearnerState  # torch, for which no child should wait
+
+        try:
+            last = max(self.checkpoints()) / "state.msgpack"
+            state = msgspec.msgpack.decode(last.read_bytes(), type=LearnerState)
+        except (ValueError, FileNotFoundError):  # none yet, or a newer one has just taken its place
+            return Learned()
+        repeated = state.counts.get("admitted", 0) - len(set(state.known))
+        return Learned(offsets=state.offsets, traces=frozenset(state.known), repeated=repeated)
+
+    def checkpoints(self) -> set[Path]:
+        """Those of a real trainer."""
+        return set(Path(self.settings.trainer.folder).glob("checkpoints/step-*"))
+
+
+def _to_learn_from(trace: Trace, settings: Settings) -> Trace:
+    """As the target of ``settings`` would have left it: its name, and features of its width."""
+    from livedraft.cli import wiring
+    from livedraft.contracts import checkpoint
+    from livedraft.serving.local import place
+    from livedraft.trainer.target import read_target
+
+    target = read_target(place.find(settings.engine.target))
+    manifest = checkpoint.verify(wiring.day_0(settings))[1]
+    shape = (trace.prompt.shape[0] + trace.output.shape[0], 3 * int(target.config["hidden_size"]))
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return msgspec.structs.replace(
+        trace,
+        target=manifest.target,
+        target_revision=manifest.target_revision,
+        tokenizer_hash=manifest.tokenizer_hash,
+        features=Features(mode="inline", layers=target.feature_layers, values=from_numpy(values, "bf2")),
+    )
 
 
 class _Child:
@@ -132,10 +208,23 @@ class _Child:
         self.kill()
         self._start()
 
+    def keep(self) -> None:
+        """Another one if it has ended by itself, as a trainer does that finds no broker."""
+        if self._process.poll() is not None:
+            self.kill_and_restart()
+
     def stop(self) -> None:
         """SIGTERM."""
         self._process.terminate()
         self._ended()
+
+    def wait_for_offers(self) -> None:
+        """Until it has begun."""
+        deadline = time.monotonic() + _SETTLE_S
+        while not self._latencies:
+            if time.monotonic() > deadline:
+                raise StreamUnavailable(f"the {self._role} offers nothing")
+            time.sleep(0.05)
 
     def latencies(self) -> list[float]:
         """Seconds of each offer since the last time this was asked."""
@@ -144,11 +233,10 @@ class _Child:
 
     def _start(self) -> None:
         self._life += 1
-        site = self._site
-        given = [msgspec.json.encode(what).decode() for what in (site.traces, site.kafka)]
-        module = [sys.executable, "-m", "livedraft.benchmarks.chaos"]
-        command = [*module, self._role, *given, str(site.state), f"{self._life}"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = self._site.command(self._role, self._life)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=leave_with_parent
+        )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -185,10 +273,19 @@ def _published(site: _Site) -> set[str]:
         return {d.item.trace_id for d in reader.read(start) if isinstance(d.item, Trace)}
 
 
-def _wait_for(site: _Site, acknowledged: set[str]) -> Learned:
+def _wait_for_life(site: _Site, trainer: _Child) -> None:
+    """Until a real trainer has written a checkpoint since it was started."""
+    before, deadline = site.checkpoints(), time.monotonic() + _TRAINER_S
+    while site.kind == "real" and not site.checkpoints() - before and time.monotonic() < deadline:
+        trainer.keep()
+        time.sleep(0.05)
+
+
+def _wait_for(site: _Site, trainer: _Child, acknowledged: set[str]) -> Learned:
     deadline = time.monotonic() + _SETTLE_S
     while True:
-        learned = _load(site.state)
+        trainer.keep()
+        learned = site.learned()
         if acknowledged <= learned.traces or time.monotonic() > deadline:
             return learned
         time.sleep(0.2)
@@ -202,10 +299,10 @@ def _load(path: Path) -> Learned:
     return msgspec.msgpack.decode(path.read_bytes(), type=Learned) if path.exists() else Learned()
 
 
-def _produce(traces: Traces, kafka: Kafka, life: str) -> None:
+def _produce(settings: Settings, trace: Trace, kind: Kind, life: str) -> None:
     """Offer for ever; a trace is acknowledged once the sink has counted it as written or spilled, in order."""
-    sink = open_sink(traces, kafka=kafka)
-    trace, names, told = make_trace(_TRACE_BYTES), list[str](), 0
+    sink = open_sink(settings.traces, kafka=settings.kafka)
+    names, told = list[str](), 0
     with stopping() as stop:
         while True:
             counters = sink.counters()
@@ -223,14 +320,14 @@ def _produce(traces: Traces, kafka: Kafka, life: str) -> None:
             os.write(1, f"offer {time.perf_counter() - began:.9f}\n".encode())
             if taken:
                 names.append(name)
-            time.sleep(0.005)
+            time.sleep(_OFFER_S[kind])
     sink.close(10)
 
 
-def _train(traces: Traces, kafka: Kafka, state: Path) -> None:
+def _train(settings: Settings, state: Path) -> None:
     """Learn for ever; state and offsets are replaced together a few times a second."""
     learned = _load(state)
-    source = _open_source(traces, kafka)
+    source = _open_source(settings)
     offsets, traces_seen, repeated = dict(learned.offsets), set(learned.traces), learned.repeated
 
     def save() -> None:
@@ -258,21 +355,21 @@ def _train(traces: Traces, kafka: Kafka, state: Path) -> None:
     source.close()
 
 
-def _open_source(traces: Traces, kafka: Kafka) -> TraceSource:
+def _open_source(settings: Settings) -> TraceSource:
     """Tried again while the broker is dead: a trainer that cannot start is started again."""
     while True:
         try:
-            return open_source(traces, "trainer", kafka)
+            return open_source(settings.traces, "trainer", settings.kafka)
         except StreamUnavailable:
             time.sleep(0.2)
 
 
-def _main(role: str, traces: str, kafka: str, state: str, life: str) -> None:
-    stream, broker = msgspec.json.decode(traces, type=Traces), msgspec.json.decode(kafka, type=Kafka)
+def _main(role: str, config: str, trace: str, state: str, kind: str, life: str) -> None:
+    settings = load(Path(config), {})
     if role == "producer":
-        _produce(stream, broker, life)
+        _produce(settings, decode(Path(trace).read_bytes()), "real" if kind == "real" else "small", life)
     else:
-        _train(stream, broker, Path(state))
+        _train(settings, Path(state))
 
 
 if __name__ == "__main__":

@@ -108,14 +108,23 @@ def stream(
 
 
 @app.command()
-def chaos(json: JsonOption = None, seed: int = 0, kills: int = 100) -> None:
+def chaos(
+    json: JsonOption = None,
+    seed: int = 0,
+    kills: int = 100,
+    real_trainer: Annotated[
+        bool, typer.Option("--real-trainer", help="Kill `livedraft trainer` itself, once each life has checkpointed.")
+    ] = False,
+) -> None:
     """Kill producer, broker and trainer at random on a local test broker: traces lost, learned twice, time of offers.
+
+    The trainer is a stand-in that starts at once, unless --real-trainer, which takes about ten seconds a life.
 
     Example: livedraft bench chaos --seed 1 --kills 100 --json -
     """
     from livedraft.benchmarks import chaos as benchmark
 
-    benchmark.chaos(json, seed, kills)
+    benchmark.chaos(json, seed, kills, "real" if real_trainer else "small")
 
 
 @app.command()
