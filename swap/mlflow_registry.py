@@ -83,6 +83,7 @@ class MlflowRegistry:
                 f"models:/{logged.model_id}",
                 run.info.run_id,
                 tags=tags,
+                description=_history(manifest),
                 await_creation_for=0,
                 model_id=logged.model_id,
             )
@@ -259,3 +260,9 @@ def _drafter(version: Any, measured: Iterable[Any] | None = None) -> DrafterVers
         metrics={m.key: m.value for m in points},
         tags=tags,
     )
+
+
+def _history(manifest: Manifest) -> str:
+    """For the registry's page: what a version has behind it."""
+    learned = f"{manifest.steps:,} steps on {manifest.tokens_trained:,} tokens" if manifest.steps else "not trained"
+    return learned + (f", from version {manifest.parent}" if manifest.parent else "")
