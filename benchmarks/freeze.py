@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import httpx
 from livedraft.cli.local_broker import LocalBroker, memory_broker
+from livedraft.cli.ports import free_port
 from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.provenance import provenance, write
 from livedraft.cli.settings_file import write_settings
@@ -134,7 +134,7 @@ class _Stack(NamedTuple):
 
 @contextlib.contextmanager
 def _stack(broker: LocalBroker, folder: Path) -> Iterator[_Stack]:
-    engine_port, gateway_port = _free_port(), _free_port()
+    engine_port, gateway_port = free_port(), free_port()
     settings = Settings(
         engine=Engine(url=f"http://127.0.0.1:{engine_port}", folder=str(folder / "engine")),
         gateway=Gateway(port=gateway_port),
@@ -313,9 +313,3 @@ def _out_of_order(arrived: list[tuple[str, Trace]]) -> int:
         count += trace.finished_at < last.get(partition, 0.0)
         last[partition] = trace.finished_at
     return count
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

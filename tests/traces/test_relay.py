@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from livedraft.cli.ports import free_port
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.messages import Features, Trace
@@ -36,12 +36,6 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

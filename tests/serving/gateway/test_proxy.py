@@ -22,6 +22,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from livedraft.cli.ports import free_port
 from livedraft.contracts.engines import parse
 from livedraft.contracts.settings import Gateway
 from livedraft.serving.gateway.proxy import Proxy, create_proxy, whole_events
@@ -30,7 +31,7 @@ from livedraft.serving.gateway.server import DrainingServer, running
 from .conftest import Serve
 from .fake_engine import FakeEngine
 from .test_disconnect import eventually, post
-from .test_shutdown import free_port, wait_until_ready
+from .test_shutdown import wait_until_ready
 
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).parents[3]

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from livedraft.cli.ports import free_port
 from livedraft.contracts.errors import SettingsError
 from livedraft.contracts.settings import Gateway
 from livedraft.serving.gateway.server import listen
@@ -104,12 +105,6 @@ settings = Gateway(port=int(sys.argv[1]), drain_s=20)
 serve(create_app(Engine(step_s=float(sys.argv[2]), length=60), settings, "fake"), settings)
 print("returned", flush=True)
 """
-
-
-def free_port() -> int:
-    with listen(Gateway(port=0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def wait_until_ready(url: str) -> None:
