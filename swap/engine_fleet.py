@@ -88,7 +88,7 @@ class EngineFleet:
             for number, status in answers.items()
             if (status.drafter_checksum, status.drafter) != (wanted.checksum, wanted.version)
         ]
-        rejections, failures = 0, list[SwapFailed]()
+        failures = list[SwapFailed]()
         for number in behind:
             had = answers[number].drafter
             try:
@@ -96,7 +96,6 @@ class EngineFleet:
                 log.info("brought an engine from %s to version %s", had or "none", wanted.version)
             except (DrafterRejected, SwapFailed) as error:
                 log.warning("an engine drafts with %s and not with version %s: %s", had, wanted.version, error)
-                rejections += isinstance(error, DrafterRejected)
                 failures += [error] if isinstance(error, SwapFailed) else []
         again, unanswered = self._ask(behind)
         now = {number: status for number, status in answers.items() if number not in behind} | again

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
+from marks import write_mark
 from safetensors import safe_open
 from safetensors.torch import save_file
 from specforge.algorithms.eagle3.data import normalize_offline_sample
@@ -54,7 +54,7 @@ def main() -> None:
     out = Path(job["out"])
     out.mkdir(parents=True, exist_ok=True)
     trainer.write(out / "0")
-    _mark(out, trainer, 0, 0)
+    trainer.mark(out, 0, 0)
     tokens, window = 0, job["window"]
     starts = range(0, len(samples), window)
     for number, start in enumerate(starts[: job["windows"] or None], 1):
@@ -68,7 +68,7 @@ def main() -> None:
         trainer.cpu_s += time.process_time() - began
         trainer.wall_s += time.perf_counter() - wall
         trainer.write(out / str(number))
-        _mark(out, trainer, start + len(arrived), tokens)
+        trainer.mark(out, start + len(arrived), tokens)
 
 
 class _Trainer:
@@ -111,6 +111,18 @@ class _Trainer:
         self.steps += 1
         self.trained += int(tensors["loss_mask"].sum())
 
+    def mark(self, out: Path, requests: int, tokens: int) -> None:
+        """Write down how far it is."""
+        write_mark(
+            out,
+            requests=requests,
+            tokens=tokens,
+            steps=self.steps,
+            trained=self.trained,
+            cpu_s=self.cpu_s,
+            wall_s=self.wall_s,
+        )
+
     def write(self, folder: Path) -> None:
         """Its weights under the names of an EAGLE-3 checkpoint; its drafter is ours without a switch."""
         folder.mkdir(parents=True)
@@ -122,25 +134,6 @@ class _Trainer:
         save_file(tensors, folder / "model.safetensors")
         switches = dict.fromkeys(("norm_before_fc", "norm_output", "norm_before_residual"), False)
         (folder / "peer.json").write_text(json.dumps(switches))
-
-
-def _mark(out: Path, trainer: _Trainer, requests: int, tokens: int) -> None:
-    mark = {
-        "requests": requests,
-        "tokens": tokens,
-        "steps": trainer.steps,
-        "trained": trainer.trained,
-        "cpu_s": round(trainer.cpu_s, 3),
-        "wall_s": round(trainer.wall_s, 3),
-        "peak_rss_mb": _peak_rss_mb(),
-    }
-    with (out / "marks.jsonl").open("a") as file:
-        file.write(json.dumps(mark) + "\n")
-
-
-def _peak_rss_mb() -> float:
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ The job and what is written are those of ``benchmarks/learn_run.py``, which expl
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import re
 import sys
 import time
 import warnings
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marks import write_mark
 from safetensors.torch import save_file
 from speculators.model import SpeculatorModel
 from speculators.models.eagle3.data import shift_batch
@@ -52,7 +53,7 @@ def main() -> None:
     out = Path(job["out"])
     out.mkdir(parents=True, exist_ok=True)
     trainer.write(out / "0")
-    _mark(out, trainer, 0, 0)
+    trainer.mark(out, 0, 0)
     uses: dict[int, int] = {}
     tokens, ahead, window = 0, 0.0, job["window"]
     starts = range(0, len(samples), window)
@@ -73,7 +74,7 @@ def main() -> None:
         trainer.cpu_s += spent
         trainer.wall_s += time.perf_counter() - wall
         trainer.write(out / str(number))
-        _mark(out, trainer, arrived.stop, tokens)
+        trainer.mark(out, arrived.stop, tokens)
 
 
 def _batch(uses: dict[int, int], recipe: dict[str, Any], rng: random.Random) -> list[int]:
@@ -100,7 +101,7 @@ class _Trainer:
             scheduler={"scheduler_type": "none"},
         )
         flat = settings.flatten()
-        arguments = __import__("argparse").Namespace(**flat)
+        arguments = argparse.Namespace(**flat)
         model_class = SpeculatorModel.registry["eagle3"]
         vocabulary = json.loads((Path(job["verifier"]) / "config.json").read_bytes())["vocab_size"]
         with warnings.catch_warnings():
@@ -133,6 +134,18 @@ class _Trainer:
         self.steps += 1
         self.trained += int(batch["loss_mask"].sum())
 
+    def mark(self, out: Path, requests: int, tokens: int) -> None:
+        """Write down how far it is."""
+        write_mark(
+            out,
+            requests=requests,
+            tokens=tokens,
+            steps=self.steps,
+            trained=self.trained,
+            cpu_s=self.cpu_s,
+            wall_s=self.wall_s,
+        )
+
     def write(self, folder: Path) -> None:
         """Its weights under the names of an EAGLE-3 checkpoint, and the switches that change its arithmetic."""
         folder.mkdir(parents=True)
@@ -143,25 +156,6 @@ class _Trainer:
         }
         save_file(tensors, folder / "model.safetensors")
         (folder / "peer.json").write_text(json.dumps(self.flags))
-
-
-def _mark(out: Path, trainer: _Trainer, requests: int, tokens: int) -> None:
-    mark = {
-        "requests": requests,
-        "tokens": tokens,
-        "steps": trainer.steps,
-        "trained": trainer.trained,
-        "cpu_s": round(trainer.cpu_s, 3),
-        "wall_s": round(trainer.wall_s, 3),
-        "peak_rss_mb": _peak_rss_mb(),
-    }
-    with (out / "marks.jsonl").open("a") as file:
-        file.write(json.dumps(mark) + "\n")
-
-
-def _peak_rss_mb() -> float:
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
 
 
 if __name__ == "__main__":
