@@ -26,8 +26,8 @@ from types import TracebackType
 from livedraft.contracts import settings
 from livedraft.contracts.errors import RegistryUnavailable, SettingsError
 
-#: Telemetry would call out; job execution costs a third process and a quarter of a gigabyte.
-_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+#: Of the server's process.  Telemetry would call out; job execution costs a third process and a quarter of a gigabyte.
+ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 #: OS niceness: serving goes first.
 _NICE = 10
 
@@ -88,7 +88,7 @@ class MlflowServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
-                env=os.environ | _ENVIRONMENT,
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,
             )
         self._pid_file.write_text(f"{self._process.pid}\n")

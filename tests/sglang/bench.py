@@ -9,13 +9,12 @@ loop over traffic of one domain.  Greedy answers are held against a server that 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.provenance import provenance, write
 from livedraft.contracts import checkpoint
 from livedraft.contracts.messages import SwapRequest
-from livedraft.swap.engine_admin import HttpEngineAdmin
 from rich.console import Console
 from rich.progress import track
 
+from tests.traffic import traffic
+
 from . import drafters, overhead
-from .loop import Loop, looping, started, traffic
-from .server import Server, Speculation, free_port, serving
+from .loop import Loop, looping
+from .plugged import engine
+from .server import Server, Speculation, serving
 
 console = Console(stderr=True)
 
@@ -81,14 +82,15 @@ def exchange(
 ) -> dict[str, Any]:
     """Exchange drafters while eight requests run; how long tokens waited around an exchange, and otherwise."""
     failures, answers, ended = list[str](), list[tuple[str, list[int], list[float]]](), threading.Event()
-    with _swapping(folder, drafters_[-1]) as (server, admin):
+    with engine(folder, Speculation(drafters_[-1])) as one:
+        one.started()
 
         def ask(offset: int) -> None:
             for prompt in itertools.islice(itertools.cycle(prompts), offset, None):
                 if ended.is_set():
                     return
                 try:
-                    answers.append((prompt, *server.stream(prompt, max_new_tokens=_TOKENS)))
+                    answers.append((prompt, *one.server.stream(prompt, max_new_tokens=_TOKENS)))
                 except Exception as error:
                     failures.append(repr(error))
 
@@ -99,7 +101,7 @@ def exchange(
         time.sleep(5)
         for number in track(range(swaps), description="swapping", console=console):
             since = time.perf_counter()
-            receipt = admin.swap(_request(drafters_[number % 2], f"{number}"))
+            receipt = one.admin.swap(_request(drafters_[number % 2], f"{number}"))
             moments.append((since, time.perf_counter()))
             stalls.append(receipt.stall_s)
             time.sleep(_PAUSE_S)
@@ -141,12 +143,13 @@ def learn(
     """Close the loop; the accept length on prompts that are not in its traffic, before and after."""
     with looping(folder, first) as loop:
         answers, day0 = _probe(loop, unseen)
-        with traffic(loop, seen) as served:
+        served = list[object]()
+        with traffic(lambda prompt, _: served.append(loop.ask(prompt)), clients=4, prompts=seen):
             for _ in track(range(max(1, round(minutes * 60))), description="serving and learning", console=console):
                 time.sleep(1)
         after, final = _probe(loop, unseen)
         decisions = [decision["action"] for decision in loop.decisions()]
-        status = loop.admins[0].status()
+        status = loop.engine.admin.status()
     return {
         "accept_length": {"day0": round(day0, 3), "final": round(final, 3), "ratio": round(final / day0, 3)},
         "requests": len(served),
@@ -158,7 +161,7 @@ def learn(
 
 def _probe(loop: Loop, prompts: Sequence[str]) -> tuple[list[tuple[str, list[int]]], float]:
     """Greedy answers of the first server, and the accept length over all of them."""
-    answers = [(p, loop.servers[0].generate(p, max_new_tokens=_TOKENS)) for p in prompts]
+    answers = [(p, loop.engine.server.generate(p, max_new_tokens=_TOKENS)) for p in prompts]
     tokens = sum(len(answer["output_ids"]) - 1 for _, answer in answers)
     rounds = sum(answer["meta_info"]["spec_verify_ct"] for _, answer in answers)
     return [(prompt, answer["output_ids"]) for prompt, answer in answers], tokens / rounds
@@ -175,17 +178,6 @@ def _identical(answers: Sequence[tuple[str, list[int]]], expected: dict[str, lis
 def _request(folder: Path, version: str) -> SwapRequest:
     tensors = checkpoint.verify(folder)[1].tensors
     return SwapRequest(path=str(folder), version=version, checksum=checkpoint.checksum(tensors))
-
-
-@contextlib.contextmanager
-def _swapping(folder: Path, drafter: Path) -> Iterator[tuple[Server, HttpEngineAdmin]]:
-    port = free_port()
-    environment = {"LIVEDRAFT_SGLANG__ADMIN_PORT": str(port)}
-    admin = HttpEngineAdmin(f"http://127.0.0.1:{port}")
-    with serving(folder, Speculation(drafter), environment=environment, plugins=["livedraft"]) as server:
-        while started(admin) is None:
-            time.sleep(0.2)
-        yield server, admin
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole loop around real SGLang servers: gateway, relay, trainer, controller and registry.
+"""The whole loop around a real SGLang server: gateway, relay, trainer, controller and registry.
 
 They are processes of the project's own environment, named by LIVEDRAFT_PYTHON, as they would be in production: SGLang's
 environment has the plugin and little else.
@@ -7,28 +7,26 @@ environment has the plugin and little else.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
 import subprocess
-import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+from livedraft.cli.ports import free_port
 from livedraft.cli.settings_file import write_settings
-from livedraft.contracts.errors import SwapFailed
-from livedraft.contracts.messages import EngineStatus
-from livedraft.contracts.settings import Engine, Gateway, Registry, Relay, Settings, Swap, Traces, Trainer
-from livedraft.swap.engine_admin import HttpEngineAdmin
-from livedraft.swap.mlflow_server import MlflowServer
+from livedraft.contracts.settings import Engine as EngineSettings
+from livedraft.contracts.settings import Gateway, Registry, Relay, Settings, Swap, Traces, Trainer
+from livedraft.swap.mlflow_server import ENVIRONMENT, MlflowServer
 
-from .server import Server, Speculation, free_port, serving
+from .plugged import Engine, engine
+from .server import Speculation
 
 #: In the order in which they end.
 PROCESSES = ("controller", "trainer", "gateway", "relay")
@@ -38,12 +36,11 @@ _STOP_S = 60.0
 
 @dataclass
 class Loop:
-    """A running loop; ``servers`` and ``admins`` belong together."""
+    """A running loop."""
 
     folder: Path
     settings: Settings
-    servers: Sequence[Server]
-    admins: Sequence[HttpEngineAdmin]
+    engine: Engine
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -58,8 +55,8 @@ class Loop:
 
     @property
     def drafter(self) -> str:
-        """Version that the first server drafts with."""
-        return self.admins[0].status().drafter
+        """Version that the server drafts with."""
+        return self.engine.admin.status().drafter
 
     def start(self, *names: str) -> None:
         """Start processes, again where they were killed."""
@@ -101,14 +98,12 @@ class Loop:
             )
             time.sleep(0.3)
 
-    def ask(self, prompt: str, *, max_tokens: int = 48) -> dict[str, Any]:
-        """The answer to a greedy completion.  Raises OSError."""
-        body = {"prompt": prompt, "model": "tiny", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return dict(json.load(answer))
+    def ask(self, prompt: str) -> dict[str, Any]:
+        """The answer to a greedy completion.  Raises httpx.HTTPError."""
+        body = {"prompt": prompt, "model": "tiny", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        answer.raise_for_status()
+        return dict(answer.json())
 
     def ask_all(self, prompts: Sequence[str]) -> tuple[list[str], float]:
         """Texts, and the accept length over all of them."""
@@ -155,39 +150,19 @@ def python() -> str:
 
 
 @contextlib.contextmanager
-def looping(folder: Path, drafter: Path, *, replicas: int = 1) -> Iterator[Loop]:
+def looping(folder: Path, drafter: Path) -> Iterator[Loop]:
     """Everything, until the block ends; all begin with ``drafter``, and it ends in good order."""
     relay = f"tcp://127.0.0.1:{free_port()}"
-    with contextlib.ExitStack() as held:
-        servers, admins = [], []
-        for _ in range(replicas):
-            port = free_port()
-            environment = {
-                "LIVEDRAFT_SGLANG__ADMIN_PORT": str(port),
-                "LIVEDRAFT_TRACES__URL": f"relay+{relay}",
-                "LIVEDRAFT_TRACES__SAMPLE_RATE": "1",
-            }
-            servers.append(
-                held.enter_context(
-                    serving(folder, Speculation(drafter), environment=environment, plugins=["livedraft"])
-                )
-            )
-            admins.append(HttpEngineAdmin(f"http://127.0.0.1:{port}"))
-        named = [
-            f"sglang+{server.url}?admin={admin.base.rpartition(':')[2]}"
-            for server, admin in zip(servers, admins, strict=True)
-        ]
-        loop = Loop(folder, _settings(folder, drafter, ",".join(named), relay), servers, admins)
+    with engine(folder, Speculation(drafter), LIVEDRAFT_TRACES__URL=f"relay+{relay}") as one:
+        loop = Loop(folder, _settings(folder, drafter, one.url, relay), one)
         write_settings(loop.settings, loop.config)
         try:
-            for admin in admins:
-                loop.eventually(lambda admin=admin: started(admin) is not None, _START_S)  # type: ignore[misc]
+            one.started(_START_S)
             loop.start_registry()
-            # Traces say which process is theirs: those that begin before the relay listens would wait for it.
             loop.start("relay", "gateway", "trainer", "controller")
             loop.eventually(lambda: _ready(loop.url), _START_S)
             # From now on the first drafter has a version.
-            loop.eventually(lambda: all(admin.status().drafter == "1" for admin in admins), _START_S)
+            loop.eventually(lambda: loop.drafter == "1", _START_S)
             yield loop
             ended = {name: loop.stop(name) for name in PROCESSES}
             assert ended == dict.fromkeys(PROCESSES, 0), {n: loop.log(n) for n, code in ended.items() if code}
@@ -196,45 +171,9 @@ def looping(folder: Path, drafter: Path, *, replicas: int = 1) -> Iterator[Loop]
                 loop.kill(name)
 
 
-def started(admin: HttpEngineAdmin) -> EngineStatus | None:
-    """A server's status, once it has read the target's files."""
-    try:
-        return admin.status()
-    except SwapFailed:
-        return None
-
-
-@contextlib.contextmanager
-def traffic(loop: Loop, prompts: Sequence[str], clients: int = 4) -> Iterator[list[dict[str, Any]]]:
-    """Requests in turn by some clients until the block ends; their answers, none of which may fail."""
-    answers, failures = list[dict[str, Any]](), list[Exception]()
-    stop = threading.Event()
-
-    def run(number: int) -> None:
-        while not stop.is_set():
-            try:
-                prompt = prompts[number % len(prompts)]
-                answers.append(loop.ask(prompt) | {"prompt": prompt})
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                failures.append(error)
-                return
-            number += clients
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answers
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
-
-
-def _settings(folder: Path, drafter: Path, engines: str, relay: str) -> Settings:
+def _settings(folder: Path, drafter: Path, url: str, relay: str) -> Settings:
     return Settings(
-        engine=Engine(url=engines, drafter=str(drafter), draft_intermediate=256),
+        engine=EngineSettings(url=url, drafter=str(drafter), draft_intermediate=256),
         gateway=Gateway(port=free_port(), health_s=0.3),
         traces=Traces(url=f"spool://{folder}/traces"),
         relay=Relay(listen=relay),
@@ -248,8 +187,7 @@ def _environment() -> dict[str, str]:
     """Ours, without the shim, which is SGLang's."""
     shim = os.path.join("tests", "sglang", "shim")
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and not p.endswith(shim)]
-    mlflow = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return {**os.environ, **mlflow, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _ready(url: str) -> bool:

@@ -47,11 +47,8 @@ def measure(drafter: Path, *, repeats: int, topk: int = 1, console: Console | No
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
         relay = held.enter_context(contextlib.closing(Relay()))
         where = {"LIVEDRAFT_TRACES__URL": relay.url}
-        resting = ["--sleep-on-idle"]  # else a server without work takes a core from the other one
-        ours = held.enter_context(
-            serving(folder, speculation, arguments=resting, environment=where, plugins=["livedraft"])
-        )
-        plain = held.enter_context(serving(folder, speculation, arguments=resting))
+        ours = held.enter_context(serving(folder, speculation, environment=where, plugins=["livedraft"]))
+        plain = held.enter_context(serving(folder, speculation))
         kinds = {"plain": (plain, {}), "untraced": (ours, {"traced": False}), "traced": (ours, {})}
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         turns = range(-1, repeats)  # the first is for warmth

@@ -14,7 +14,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from livedraft.cli.ports import free_port
 
 TARGET = Path(__file__).parents[2] / "models" / "tiny"
 SHIM = Path(__file__).parent / "shim"
@@ -174,13 +175,6 @@ def serving(
         yield server
     finally:
         _stop(server)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _failure(server: Server, what: str) -> RuntimeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from livedraft.contracts import checkpoint
 from livedraft.contracts.errors import DrafterRejected
 from livedraft.contracts.messages import SwapRequest
 
-from .loop import Loop, looping, traffic
+from tests.traffic import traffic
+
+from .loop import Loop, looping
 
 PROSE = held_out_prompts("prose")
 #: Never in the traffic.
@@ -34,7 +37,8 @@ def test_what_was_served_is_learned_and_serves_and_every_answer_stays_what_it_wa
     def swapped(version: str) -> bool:
         return loop.drafter != version
 
-    with traffic(loop, SEEN) as answers:
+    answers = list[dict[str, Any]]()
+    with traffic(lambda p, _: answers.append(loop.ask(p) | {"prompt": p}), clients=4, prompts=SEEN):
         loop.eventually(lambda: swapped(first), 400)
         second = loop.drafter
         # Neither the way of the traces nor the learner is on the tokens' way, and both come back.
@@ -58,7 +62,7 @@ def test_what_was_served_is_learned_and_serves_and_every_answer_stays_what_it_wa
 
 
 def test_a_candidate_that_is_not_whole_never_reaches_sglang(loop: Loop, tmp_path: Path) -> None:
-    held = loop.admins[0].status()
+    held = loop.engine.admin.status()
     folder = tmp_path / "bad"
     shutil.copytree(loop.settings.engine.drafter, folder)
     config, manifest = checkpoint.verify(folder)
@@ -68,7 +72,7 @@ def test_a_candidate_that_is_not_whole_never_reaches_sglang(loop: Loop, tmp_path
     bad = checkpoint.write(folder, config, arrays, manifest)
     request = SwapRequest(path=str(folder), version="bad", checksum=checkpoint.checksum(bad.tensors))
     with pytest.raises(DrafterRejected, match=r"norm\.weight"):
-        loop.admins[0].swap(request)
-    now = loop.admins[0].status()
+        loop.engine.admin.swap(request)
+    now = loop.engine.admin.status()
     assert (now.drafter, now.drafter_checksum) == (held.drafter, held.drafter_checksum)
     assert loop.ask(UNSEEN[0])["choices"]

@@ -16,8 +16,9 @@ from livedraft.contracts.messages import SwapRequest
 from livedraft.contracts.settings import Engine as EngineSettings
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .plugged import engine
 from .server import TARGET, Speculation
-from .test_swap import asked_for, engine
+from .test_swap import asked_for
 
 
 @pytest.fixture(scope="module")

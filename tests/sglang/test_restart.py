@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import httpx
 from livedraft.contracts import checkpoint
 from livedraft.contracts.engines import parse
-from livedraft.contracts.errors import SwapFailed
 from livedraft.contracts.messages import DrafterVersion
 from livedraft.contracts.settings import Gateway
 from livedraft.serving.gateway.proxy import Proxy, create_proxy
@@ -23,32 +21,24 @@ from livedraft.swap.journal import Journal
 from livedraft.swap.memory_registry import MemoryRegistry
 from livedraft.swap.swapper import Swapper
 
-from .server import Server, Speculation, free_port, serving
+from .plugged import Engine, engine
+from .server import Speculation
 from .test_gateway import UPON, eventually
 
 
 @contextmanager
-def engine(folder: Path, drafter: Path, admin: HttpEngineAdmin) -> Iterator[Server]:
+def restarted(folder: Path, drafter: Path, admin: HttpEngineAdmin) -> Iterator[Engine]:
     """SGLang with the plugin, which ``admin`` reaches from now on."""
-    port = free_port()
-    environment = {"LIVEDRAFT_SGLANG__ADMIN_PORT": str(port)}
-    with serving(folder, Speculation(drafter), environment=environment, plugins=["livedraft"]) as server:
-        admin.base = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:  # it reads the target's files first
-            try:
-                assert admin.status().drafter_checksum
-                break
-            except (SwapFailed, AssertionError):
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield server
+    with engine(folder, Speculation(drafter)) as one:
+        assert one.started().drafter_checksum
+        admin.base = one.base
+        yield one
 
 
-def said_of(server: Server, admin: HttpEngineAdmin, prompt: str) -> dict[str, object]:
+def said_of(one: Engine, prompt: str) -> dict[str, object]:
     """``usage.livedraft`` of an answer through the gateway."""
     settings = Gateway(port=0, health_s=0.1)
-    app = create_proxy(settings, parse(f"sglang+{server.url}?admin={admin.base.rpartition(':')[2]}"), environ={})
+    app = create_proxy(settings, parse(one.url), environ={})
     with running(app, settings) as listening, httpx.Client(base_url=listening.url, timeout=120) as http:
         proxy: Proxy = app.state.endpoint
         eventually(lambda: bool(proxy.replicas.ready()) and proxy.replicas.all[0].drafting is not None)
@@ -73,16 +63,16 @@ def test_a_restarted_server_is_given_the_live_drafter(
         with swapper.journal.alone():
             return swapper.inform(swapper.settle())
 
-    with engine(tmp_path, fresh_drafter, admin) as server:
+    with restarted(tmp_path, fresh_drafter, admin) as one:
         assert (live := turn()) is not None
         assert live.version == "1"
         assert admin.status().drafter == "1"  # SGLang had named it after its folder
         by_hand.promote(swapper, "2")
-        said = said_of(server, admin, prompts[0])
+        said = said_of(one, prompts[0])
         assert said["drafter_version"] == "2"
         assert isinstance(said["accept_length"], float)
         assert said["accept_length"] > 1.3
-    with engine(tmp_path, fresh_drafter, admin) as server:
+    with restarted(tmp_path, fresh_drafter, admin) as one:
         assert admin.status().drafter_checksum == registry.get("1").checksum
         assert (live := turn()) is not None
         assert live.version == "2"
@@ -90,4 +80,4 @@ def test_a_restarted_server_is_given_the_live_drafter(
         found = registry.resolve("live")
         assert found is not None
         assert found.version == "2"
-        assert said_of(server, admin, prompts[0])["drafter_version"] == "2"
+        assert said_of(one, prompts[0])["drafter_version"] == "2"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -10,7 +9,7 @@ import shutil
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +17,17 @@ import numpy as np
 import pytest
 from livedraft.contracts import checkpoint
 from livedraft.contracts.errors import DrafterRejected, SwapFailed
-from livedraft.contracts.messages import EngineStatus, SwapRequest
+from livedraft.contracts.messages import SwapRequest
 from livedraft.serving.local import place
 from livedraft.serving.local.text import Text
 from livedraft.swap.engine_admin import HttpEngineAdmin
 from msgspec.structs import replace
 
 from . import drafters
-from .server import SHIM, TARGET, Server, Speculation, free_port, serving
+from .plugged import Engine, engine
+from .server import SHIM, TARGET, Server, Speculation
 
 PROMPT = "def compress(data"
-
-
-class Engine:
-    """A server with the plugin in it, and its administration."""
-
-    def __init__(self, server: Server, port: int, key: str | None = None) -> None:
-        self.server = server
-        self.base = f"http://127.0.0.1:{port}"
-        self.admin = HttpEngineAdmin(self.base, key)
-
-    def started(self) -> EngineStatus:
-        """Its status, as soon as it has read the target's files."""
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                return self.admin.status()
-            except SwapFailed:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def engine(
-    folder: Path,
-    speculation: Speculation | None,
-    *,
-    key: str | None = None,
-    target: Path = TARGET,
-    arguments: Sequence[str] = (),
-    **environment: str,
-) -> Iterator[Engine]:
-    port = free_port()
-    environment["LIVEDRAFT_SGLANG__ADMIN_PORT"] = str(port)
-    if key is not None:
-        environment["LIVEDRAFT_GATEWAY__ADMIN_KEY"] = key
-    plugins = environment.pop("plugins", "livedraft").split(",")
-    with serving(
-        folder, speculation, target=target, arguments=arguments, environment=environment, plugins=plugins
-    ) as server:
-        yield Engine(server, port, key)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,9 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from livedraft.cli.ports import free_port
 from livedraft.contracts import settings
 from livedraft.swap.mlflow_server import MlflowServer
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
