@@ -40,6 +40,9 @@ NAME = "local"
 _PREFILL_ROWS = 256
 #: Committed positions the drafter may be behind before it reads them on its own rather than with the batch.
 _BEHIND = 16
+#: Positions that it reads so in one round at most.  Where drafting did not pay all requests are far behind, and the
+#: first round that drafts again, as after a swap, would keep every token waiting while it reads them all.
+_CATCH_UP_ROWS = 128
 #: Strata counted apart for each drafter: clients choose the domains' names.
 _STRATA = 64
 
@@ -391,6 +394,9 @@ class LocalEngine:
             return [EMPTY] * len(running)
         hidden = self._catch_up(self._drafter)
         starts = [len(r.tokens) - 1 for r in running]
+        lengths = [n if r.unread_from == start else 0 for n, r, start in zip(lengths, running, starts, strict=True)]
+        if not any(lengths):
+            return [EMPTY] * len(running)
         if self._settings.tree_topk > 1:
             s = self._settings
             return [
@@ -406,27 +412,31 @@ class LocalEngine:
     def _catch_up(self, drafter: Drafter) -> Tensor:
         """Let the drafter read what was committed since it last drafted; returns its outputs [B, H] at the ends.
 
+        A request that is too far behind for one round goes on in the next, and its output means nothing until then.
         In pieces of few sizes: oneDNN makes a kernel for every number of rows that it has not met, which takes several
         times as long as the product, and all requests wait for it.
         """
         running = self._running
+        left = _CATCH_UP_ROWS
         for slot, r in enumerate(running):
-            while (behind := len(r.tokens) - 1 - r.unread_from) > _BEHIND:
+            while left and (behind := len(r.tokens) - 1 - r.unread_from) > _BEHIND:
                 unread = torch.cat(r.unread)
-                n = min(1 << ((behind - 1).bit_length() - 1), _PREFILL_ROWS)
+                n = 1 << (min(behind - 1, left).bit_length() - 1)
+                left -= n
                 ahead = torch.tensor(r.tokens[r.unread_from + 1 : r.unread_from + 1 + n])
                 drafter.extend(unread[:n], ahead, [r.unread_from], torch.tensor([n - 1]), slot)
                 r.unread, r.unread_from = [unread[n:]], r.unread_from + n
         starts = [r.unread_from for r in running]
-        counts = [len(r.tokens) - 1 - r.unread_from for r in running]
+        counts = [min(len(r.tokens) - 1 - r.unread_from, _BEHIND) for r in running]
         rows = max(counts)
         rows = rows if rows <= _BEHIND // 2 else _BEHIND
         following: list[int] = []
         features: list[Tensor] = []
         for r, n in zip(running, counts, strict=True):
-            following += r.tokens[r.unread_from + 1 :] + [0] * (rows - n)
-            features += [*r.unread, r.unread[-1].new_zeros(rows - n, r.unread[-1].shape[1])]
-            r.unread, r.unread_from = [], len(r.tokens) - 1
+            unread = torch.cat(r.unread)
+            following += r.tokens[r.unread_from + 1 : r.unread_from + 1 + n] + [0] * (rows - n)
+            features += [unread[:n], unread.new_zeros(rows - n, unread.shape[1])]
+            r.unread, r.unread_from = [unread[n:]] if len(unread) > n else [], r.unread_from + n
         ends = torch.tensor([b * rows + n - 1 for b, n in enumerate(counts)])
         return drafter.extend(torch.cat(features), torch.tensor(following), starts, ends)
 
