@@ -186,6 +186,7 @@ def build_engine(settings: Settings, drafter: Path | None, version: str, sink: T
         sink=sink,
         admit=lambda request: rule(request).captured,
         buffer_bytes=traces.buffer_bytes,
+        features=traces.features,
     )
 
 
@@ -315,6 +316,7 @@ def control(settings: Settings, stop: threading.Event) -> None:
     from livedraft.swap.gate import GateRules, RoundCost
     from livedraft.swap.remembered import RememberedReplay
     from livedraft.trainer.evaluate import DraftReplay
+    from livedraft.trainer.process import prefill_of
 
     # Replays are short but wide: above the trainer's priority, far below serving's.
     os.nice(10)
@@ -329,7 +331,9 @@ def control(settings: Settings, stop: threading.Event) -> None:
         cost=RoundCost(depth=settings.engine.draft_depth),
         engine_can_stop=settings.engine.adaptive_depth,
     )
-    replay = RememberedReplay(DraftReplay(place.find(settings.engine.target), settings.engine.draft_depth))
+    target = place.find(settings.engine.target)
+    prefill = prefill_of(target, settings.trainer)
+    replay = RememberedReplay(DraftReplay(target, settings.engine.draft_depth, prefill=prefill))
     with (
         contextlib.closing(open_source(settings.traces, "controller", settings.kafka)) as source,
         _announcing(settings, open_registry(settings.registry)) as registry,

@@ -112,6 +112,9 @@ class Traces(_Section, frozen=True, kw_only=True):
     buffer_bytes: int = 64 << 20
     #: Largest message; longer traces are cut into chunks.
     message_bytes: int = 1 << 20
+    #: The target's hidden states, by far the most of a trace: "inline" sends them, "recompute" leaves it to trainer
+    #: and controller to run the target over the text again (see ``trainer.recompute``).
+    features: Literal["inline", "recompute"] = "inline"
     #: Fraction of requests captured.
     sample_rate: float = 1.0
     #: Fraction of requests held out of training as the gate's evidence.
@@ -209,6 +212,13 @@ class Trainer(_Section, frozen=True, kw_only=True):
     clip: float = 10.0
     #: Steps over which the learning rate rises to its constant value.
     warmup_steps: int = 10
+    #: Which traces trainer and controller complete by running the target over their text: "never" any; "absent": those
+    #: without features, and those of engines that told no more than text; "partial": also those whose features begin
+    #: behind a cached prefix.  The target is read when the first one needs it, and its weights stay in memory, in the
+    #: type that ``precision`` comes to.
+    recompute: Literal["never", "absent", "partial"] = "absent"
+    #: Positions that go through the target at once: bounds the memory of it.
+    recompute_tokens: int = 2048
     #: Of matrix products (weights stay float32): "auto" takes bfloat16 where the processor has tiles for it (AMX).
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Deepest unroll on the drafter's own outputs, reached as its chains grow longer; at least the serving depth.
@@ -285,6 +295,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
         for name in ("discard_depth", "discard_topk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected 0 (no limit) or more")
+        if self.recompute_tokens < 1:
+            raise ValueError(f"recompute_tokens: {self.recompute_tokens}, expected 1 or more")
         if not 0 < self.importance_cap < math.inf:
             raise ValueError(f"importance_cap: {self.importance_cap}, expected a number above 0")
 

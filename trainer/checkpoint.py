@@ -43,7 +43,8 @@ class Checkpoints:
         self._folder = folder
         self._traces = folder / "traces"
         self._keep = keep
-        self._written: dict[str, str] = {}
+        #: Trace id -> the trace as it was written, and its file.  One that is prefilled later is another one.
+        self._written: dict[str, tuple[Trace, str]] = {}
         self._latest: Path | None = None
 
     def save(self, learner: Learner) -> Path:
@@ -53,13 +54,14 @@ class Checkpoints:
         if place == self._latest:
             return place
         self._traces.mkdir(parents=True, exist_ok=True)
-        self._written = {trace.trace_id: self._keep_trace(trace) for trace in traces}
+        self._written = {trace.trace_id: (trace, self._keep_trace(trace)) for trace in traces}
+        written = {name: sha256 for name, (_, sha256) in self._written.items()}
         _sync(self._traces)
         files = {
             "state.msgpack": msgspec.msgpack.encode(plain),
             "tensors.safetensors": save_tensors({name: t.contiguous() for name, t in tensors.items()}),
         }
-        seal = _Seal(files={name: _sha256(data) for name, data in files.items()}, traces=self._written)
+        seal = _Seal(files={name: _sha256(data) for name, data in files.items()}, traces=written)
         half = Path(tempfile.mkdtemp(prefix=".half-", dir=self._folder))
         for name, data in {**files, "seal.json": msgspec.json.encode(seal)}.items():
             _write(half / name, data)
@@ -83,7 +85,7 @@ class Checkpoints:
                 _log.warning("checkpoint %s passed over: %s", place.name, error)
                 continue
             learner.restore(plain, tensors, traces)
-            self._written = written
+            self._written = {name: (trace, written[name]) for name, trace in traces.items()}
             return place
         return None
 
@@ -95,8 +97,9 @@ class Checkpoints:
         return plain, load_tensors(files["tensors.safetensors"]), traces, seal.traces
 
     def _keep_trace(self, trace: Trace) -> str:
-        if known := self._written.get(trace.trace_id):
-            return known
+        known, sha256 = self._written.get(trace.trace_id, (None, ""))
+        if known is trace:
+            return sha256
         data = encode(trace)
         name = _sha256(data)
         if not (self._traces / name).exists():

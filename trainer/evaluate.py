@@ -15,7 +15,8 @@ within 5 % of the exact one; unbiased as the tail goes to 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -23,39 +24,61 @@ import numpy as np
 import torch
 from livedraft.contracts.messages import ReplayScore, Sampling, Trace
 from livedraft.kernels.sampling import distribution
+from livedraft.traces.arrays import tensor_bytes
 from livedraft.trainer.batch import pack
 from livedraft.trainer.lesson import Lesson, lesson
 from livedraft.trainer.model import Drafter
+from livedraft.trainer.prefill import Prefill, is_whole
 from livedraft.trainer.target import read_target
 from livedraft.trainer.unroll import unroll
 from numpy.typing import NDArray
 from torch import Tensor
 
 _TRACES_AT_ONCE = 8
+#: Prefilled traces kept for the next drafter: a gate scores three over the same ones.
+_KEPT_BYTES = 1 << 30
 
 
 class DraftReplay:
     """``contracts.ports.Replay`` by the training unroll, without gradients.
 
     ``depth`` is the number of draft tokens per round.  Scored are the rounds of full depth: not the prefill, which
-    yields the first output token, nor rounds shortened because the request's length limit was near.
+    yields the first output token, nor rounds shortened because the request's length limit was near.  ``prefill``
+    completes traces that came without features; without one they are left out.
     """
 
-    def __init__(self, target_folder: Path, depth: int, *, threads: int = 1) -> None:
+    def __init__(self, target_folder: Path, depth: int, *, threads: int = 1, prefill: Prefill | None = None) -> None:
         self._embedding = read_target(target_folder).embedding
         self._depth = depth
         self._threads = threads
+        self._prefill = prefill
+        self._filled: OrderedDict[str, Trace] = OrderedDict()
 
     def score(self, folder: Path, traces: Sequence[Trace]) -> list[ReplayScore]:
         """One score per trace with features and at least two output tokens.  Raises DrafterRejected."""
         torch.set_num_threads(self._threads)
-        return replay(Drafter.from_checkpoint(folder, self._embedding), traces, self._depth)
+        drafter = Drafter.from_checkpoint(folder, self._embedding)
+        return replay(drafter, self._whole(traces, 3 * drafter.config.hidden_size), self._depth)
+
+    def _whole(self, traces: Sequence[Trace], width: int) -> Iterator[Trace]:
+        """``traces`` with what they lack, as far as it can be had; a few at a time."""
+        some = iter(traces)
+        while few := list(islice(some, _TRACES_AT_ONCE)):
+            lacking = {trace.trace_id: trace for trace in few if not is_whole(trace, width)}
+            known = {name: self._filled.pop(name) for name in lacking if name in self._filled}
+            if self._prefill is not None:
+                asked = [t for name, t in lacking.items() if name not in known and self._prefill.can_fill(t)]
+                known |= {trace.trace_id: trace for trace in self._prefill.fill(asked)}
+            self._filled |= known  # popped and set again: in order of use
+            while sum(map(tensor_bytes, self._filled.values())) > _KEPT_BYTES:
+                self._filled.popitem(last=False)
+            yield from (known.get(trace.trace_id, trace) for trace in few)
 
 
 @torch.inference_mode()
-def replay(drafter: Drafter, traces: Sequence[Trace], depth: int) -> list[ReplayScore]:
+def replay(drafter: Drafter, traces: Iterable[Trace], depth: int) -> list[ReplayScore]:
     """``DraftReplay.score`` for a drafter in memory."""
-    usable = iter([t for t in traces if can_score(t, 3 * drafter.config.hidden_size)])
+    usable = (t for t in traces if can_score(t, 3 * drafter.config.hidden_size))
     scores = []
     while some := list(islice(usable, _TRACES_AT_ONCE)):
         lessons = [lesson(trace, depth + 1) for trace in some]
@@ -65,17 +88,8 @@ def replay(drafter: Drafter, traces: Sequence[Trace], depth: int) -> list[Replay
 
 
 def can_score(trace: Trace, width: int) -> bool:
-    """Whether a trace has two output tokens or more, and features of ``width`` that cover prompt and output."""
-    values = trace.features.values
-    length = trace.prompt.shape[0] + trace.output.shape[0]
-    return (
-        trace.output.shape[0] > 1
-        and values is not None
-        and values.shape[1] == width
-        and trace.features.start == 0
-        and len(trace.prompt.data) > 0
-        and values.shape[0] >= length - 1
-    )
+    """Whether a trace has two output tokens or more, and all that it takes to judge a drafter of ``width`` / 3."""
+    return trace.output.shape[0] > 1 and trace.prompt.shape[0] > 0 and is_whole(trace, width)
 
 
 def expected_rounds(survival: NDArray[np.float64], roots: int | None = None) -> tuple[float, float]:

@@ -21,12 +21,12 @@ from livedraft.traces.admission import held_out
 from livedraft.traces.arrays import to_numpy
 from livedraft.trainer.average import Average
 from livedraft.trainer.batch import pack
-from livedraft.trainer.evaluate import can_score
 from livedraft.trainer.lesson import Lesson, Rejections, lesson
 from livedraft.trainer.model import Drafter
 from livedraft.trainer.objective import Loss, Objective, loss
 from livedraft.trainer.optimizer import Optimizer
 from livedraft.trainer.pace import Pace
+from livedraft.trainer.prefill import Prefill, is_whole
 from livedraft.trainer.replay import Replay, ReplayState
 from torch import Tensor
 
@@ -93,7 +93,9 @@ class Learner:
         *,
         held_out: float = 0.0,
         layers: tuple[int, ...] | None = None,
+        prefill: Prefill | None = None,
     ) -> None:
+        """``prefill`` completes traces that came without features; without one they teach nothing."""
         self.drafter = drafter
         self.target = target
         self.offsets: Offsets = {}
@@ -103,6 +105,7 @@ class Learner:
         self._settings = settings
         self._held_out = held_out
         self._layers = layers
+        self._prefill = prefill
         self._owed = 0.0
         self._known: OrderedDict[str, None] = OrderedDict()
         self._versions: dict[str, None] = {}
@@ -113,8 +116,7 @@ class Learner:
             fresh_share=settings.fresh_share,
             rehearse_share=settings.rehearse_share,
         )
-        low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16())
-        drafter.low_precision = low_precision
+        drafter.low_precision = low_precision(settings)
         drafter.lm_head.weight.requires_grad_(settings.head == "trained")
         self._optimizer = Optimizer(drafter, settings)
         self._average = Average(drafter, settings.average)
@@ -127,7 +129,7 @@ class Learner:
             discard=settings.discard,
             terms=settings.objective_terms,
             importance_cap=settings.importance_cap,
-            low_precision=low_precision,
+            low_precision=drafter.low_precision,
         )
 
     @property
@@ -164,7 +166,7 @@ class Learner:
         """One optimiser step on a batch from replay.  Call only while ``can_learn``."""
         settings = self._settings
         fresh_share = None if self.pace.mode == "steady" else 1.0
-        traces = self._replay.sample(settings.batch_traces, self._random, fresh_share=fresh_share)
+        traces = self._whole(self._replay.sample(settings.batch_traces, self._random, fresh_share=fresh_share))
         batch = pack(
             [self._lesson(trace) for trace in traces], self.drafter.draft_row, hard_greedy=settings.hard_greedy
         )
@@ -229,6 +231,7 @@ class Learner:
         self._known = OrderedDict.fromkeys(plain.known)
         self._versions = dict.fromkeys(plain.versions)
         self._replay.restore(plain.replay, traces)
+        self._replay.discard(lambda trace: not self._can_use(trace))  # settings may have changed
         self.pace = plain.pace
         self._random.setstate((3, plain.random, None))
 
@@ -249,14 +252,33 @@ class Learner:
             target=trace.target, target_revision=trace.target_revision, tokenizer_hash=trace.tokenizer_hash
         ):
             return "other target"
-        if not can_score(trace, 3 * self.drafter.config.hidden_size) or not trace.rounds.root.shape[0]:
+        if not trace.prompt.shape[0] or trace.output.shape[0] < 2:
             return "nothing to learn"
-        if self._layers is not None and trace.features.layers != self._layers:
+        layers = trace.features.layers
+        if self._layers is not None and layers != self._layers and (layers or trace.features.values):
             return "other features"
         if not self._knows_tokens(trace):
             return "unknown token"
+        if not self._can_use(trace):
+            return "no features"
         self._versions |= dict.fromkeys(trace.drafters)
         return "admitted"
+
+    def _can_use(self, trace: Trace) -> bool:
+        return self._is_whole(trace) or (self._prefill is not None and self._prefill.can_fill(trace))
+
+    def _is_whole(self, trace: Trace) -> bool:
+        return is_whole(trace, 3 * self.drafter.config.hidden_size)
+
+    def _whole(self, traces: list[Trace]) -> list[Trace]:
+        """``traces`` with what they lack, which replay keeps: each is prefilled once, and only if it is drawn."""
+        lacking = {trace.trace_id: trace for trace in traces if not self._is_whole(trace)}
+        if not lacking:
+            return traces
+        assert self._prefill is not None, "nothing that lacks features is admitted without it"
+        filled = {trace.trace_id: trace for trace in self._prefill.fill([*lacking.values()])}
+        self._replay.exchange(filled)
+        return [filled.get(trace.trace_id, trace) for trace in traces]
 
     def _knows_tokens(self, trace: Trace) -> bool:
         rounds = trace.rounds
@@ -289,6 +311,11 @@ class Learner:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def low_precision(settings: Settings) -> bool:
+    """Whether ``settings.precision`` comes to bfloat16 on this processor."""
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_bfloat16())
 
 
 def _fast_bfloat16() -> bool:

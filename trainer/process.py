@@ -8,9 +8,10 @@ from pathlib import Path
 from livedraft.contracts import checkpoint
 from livedraft.contracts.ports import Registry, TraceSource
 from livedraft.contracts.settings import Trainer as Settings
-from livedraft.trainer.learner import Learner, TargetId
+from livedraft.trainer.learner import Learner, TargetId, low_precision
 from livedraft.trainer.loop import run
 from livedraft.trainer.model import Drafter
+from livedraft.trainer.prefill import Prefill
 from livedraft.trainer.target import read_target
 
 
@@ -37,5 +38,22 @@ def main(
     )
     target = read_target(target_folder)
     drafter = Drafter.from_checkpoint(drafter_folder, target.embedding)
-    learner = Learner(drafter, identity, settings, held_out=held_out, layers=target.feature_layers)
+    learner = Learner(
+        drafter,
+        identity,
+        settings,
+        held_out=held_out,
+        layers=target.feature_layers,
+        prefill=prefill_of(target_folder, settings),
+    )
     run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)
+
+
+def prefill_of(target_folder: Path, settings: Settings) -> Prefill:
+    """What completes traces for the trainer, and for whoever replays them."""
+    return Prefill(
+        target_folder,
+        scope=settings.recompute,
+        tokens=settings.recompute_tokens,
+        low_precision=low_precision(settings),
+    )

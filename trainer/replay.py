@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from livedraft.contracts.messages import Record, Trace
@@ -65,6 +65,19 @@ class Replay:
             leaving = self._recent.popleft()
             self.unused += leaving.uses == 0
             self._remember(leaving.trace, rng)
+
+    def exchange(self, traces: Mapping[str, Trace]) -> None:
+        """Hold ``traces``, by id, in place of those of the same ids."""
+        for kept in self._recent:
+            kept.trace = traces.get(kept.trace.trace_id, kept.trace)
+        for held in self._memory.values():
+            held[:] = [traces.get(trace.trace_id, trace) for trace in held]
+
+    def discard(self, unfit: Callable[[Trace], bool]) -> None:
+        """Let go of every trace that is ``unfit``."""
+        self._recent = deque(kept for kept in self._recent if not unfit(kept.trace))
+        for held in self._memory.values():
+            held[:] = [trace for trace in held if not unfit(trace)]
 
     def turn_over(self, keep: int, rng: random.Random) -> None:
         """Begin anew with what was never drawn and the latest ``keep`` that were: the rest is history, for memory."""

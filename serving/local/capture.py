@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from livedraft.contracts.messages import Array, Features, FinishReason, Generati
 from livedraft.contracts.ports import TraceSink
 from livedraft.serving.local.propose import Proposal
 from torch import Tensor
+
+#: Whether traces carry features or leave them to be computed again: ``traces.features``.
+FeatureMode = Literal["inline", "recompute"]
 
 _NICE = 10
 #: Rounds whose logits are looked at together.
@@ -42,6 +46,7 @@ class Recording:
 
     started_at: float
     rounds: list[tuple[int, Proposal, Sequence[int], int, str, Tensor]] = field(default_factory=list)
+    #: Of the positions computed so far, in order; none where they are not sent.
     features: list[Tensor] = field(default_factory=list)
     #: Bytes held, for the bound on what waits.
     size: int = 0
@@ -176,6 +181,8 @@ def _flags(nodes: int, path: Sequence[int]) -> bytes:
 
 
 def _features(recording: Recording, origin: Origin, known: int) -> Features:
+    if not recording.features:
+        return Features(mode="recompute", layers=origin.layers)
     # A last round cut short by a stop leaves rows of tokens that were never committed.
     values = torch.cat(recording.features)[:known].to(torch.bfloat16).view(torch.int16)
     return Features(mode="inline", start=0, layers=origin.layers, values=_tensor(values, "bf2"))

@@ -26,7 +26,7 @@ from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.kernels.sampling import distribution
 from livedraft.kernels.verify import verify_chain, verify_greedy, verify_tree
 from livedraft.serving.local import place
-from livedraft.serving.local.capture import Capture, Origin, Recording
+from livedraft.serving.local.capture import Capture, FeatureMode, Origin, Recording
 from livedraft.serving.local.depth import DepthControl
 from livedraft.serving.local.drafter import Drafter, DrafterWeights
 from livedraft.serving.local.drafter import load as load_drafter
@@ -99,6 +99,7 @@ class LocalEngine:
         sink: TraceSink | None = None,
         admit: Callable[[Generation], bool] = lambda request: True,
         buffer_bytes: int = 64 << 20,
+        features: FeatureMode = "inline",
     ) -> None:
         torch.set_num_threads(settings.threads)
         folder = place.find(settings.target)
@@ -122,6 +123,7 @@ class LocalEngine:
         self._capture = (
             Capture(sink, origin, topk=settings.capture_topk, buffer_bytes=buffer_bytes) if sink is not None else None
         )
+        self._keeps_features = features == "inline"
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Generation, Callable[[Delta], None]]] = deque()
         self._running: list[_Running] = []
@@ -353,7 +355,7 @@ class LocalEngine:
             last = torch.tensor([len(piece) - 1])
             logits, features = self.target.forward(torch.tensor(piece), where, last)
             running.unread.append(features)
-            if running.recording:
+            if running.recording and self._keeps_features:
                 running.recording.features.append(features)
         token = int(logits.argmax()) if running.kind == "greedy" else self._drawn(running, EMPTY, logits)[1]
         if running.recording:
@@ -483,7 +485,8 @@ class LocalEngine:
             if running.recording:
                 mine = logits[first : first + 1 + len(proposal)]
                 running.recording.add(root, proposal, path, bonus, self._version, mine)
-                running.recording.features.append(states)
+                if self._keeps_features:
+                    running.recording.features.append(states)
         before = len(running.tokens)
         self._commit(running, [*(proposal.tokens[node] for node in path), bonus], logits, rows)
         committed = len(running.tokens) - before

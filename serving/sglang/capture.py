@@ -227,6 +227,7 @@ class Capture:
         rows = self._fitting(reqs, lambda i: 4 * layout.width + 2 * extends[i] * self._feature_width(worker))
         if not rows:
             return original(worker, batch, *args, **kwargs)
+        wide = self._feature_width(worker)
         seen: list[tuple[Best, Tensor]] = []
 
         def look(output: Any) -> None:
@@ -235,7 +236,7 @@ class Capture:
                 pick = _picker(rows, len(reqs), output.next_token_logits.device)
                 logits = pick(output.next_token_logits[: len(reqs)])
                 values = best(logits, None if heat is None else pick(heat), width)
-                parts = [output.hidden_states[starts[i] : starts[i] + extends[i]] for i in rows]
+                parts = [output.hidden_states[starts[i] : starts[i] + extends[i], :wide] for i in rows]
                 seen.append((values, parts[0] if len(parts) == 1 else torch.cat(parts)))
 
         with self._tap.shown(look):
@@ -291,7 +292,7 @@ class Capture:
             (pick(verify.retrieve_next_token), pick(verify.retrieve_next_sibling)) if tree else None,
         )
         # The rows of the accepted path come first, SGLang has moved them there.
-        features = pick(hidden[: count * n].view(count, n, -1)[:, :depth]).flatten(0, 1)
+        features = pick(hidden[: count * n].view(count, n, -1)[:, :depth, : self._feature_width(worker)]).flatten(0, 1)
         spans = [Span(slot * depth, depth) for slot in range(len(rows))]
         return Lifted(layout, rows, spans, words, features, self._drafting.version)
 
@@ -379,7 +380,9 @@ class Capture:
         return min(self._settings.engine.capture_topk, int(worker.target_worker.model_config.vocab_size))
 
     def _feature_width(self, worker: Any) -> int:
-        return 3 * int(worker.target_worker.model_config.hidden_size)
+        """Of what is taken of them: rows without columns where the trainer computes features again."""
+        inline = self._settings.traces.features == "inline"
+        return 3 * int(worker.target_worker.model_config.hidden_size) if inline else 0
 
     # ---- results
 

@@ -180,15 +180,22 @@ def trace(
             top_logprobs=_joined(pieces, "top_logprobs", "f4"),
             tail=_joined(pieces, "tail", "f4"),
         ),
-        features=Features(
-            mode="inline",
-            start=recording.start,
-            layers=source.layers,
-            # A last round cut short by a stop leaves rows of tokens that were never committed.
-            values=from_numpy(np.concatenate(recording.features)[: known - recording.start], "bf2"),
-        ),
+        features=_features(recording, source, known),
         tenant=recording.tenant,
         domain=recording.domain,
+    )
+
+
+def _features(recording: Recording, source: Source, known: int) -> Features:
+    values = np.concatenate(recording.features)
+    if not values.shape[1]:
+        return Features(mode="recompute", layers=source.layers)
+    return Features(
+        mode="inline",
+        start=recording.start,
+        layers=source.layers,
+        # A last round cut short by a stop leaves rows of tokens that were never committed.
+        values=from_numpy(values[: known - recording.start], "bf2"),
     )
 
 

@@ -47,7 +47,7 @@ def test_each_delivery_is_judged_counted_and_passed(drafter: Drafter, random_tra
         "admitted",
         "duplicate",
         "other target",
-        "nothing to learn",
+        "no features",
         "no consent",
         "dead letter",
         "other features",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import pytest
-from livedraft.contracts.messages import Trace
+from livedraft.contracts.messages import Features, Trace
 from livedraft.contracts.settings import Settings, Traces
 from livedraft.serving.sglang.capture import Capture
 from livedraft.serving.sglang.identity import Drafting, Identity
@@ -112,6 +112,19 @@ def test_a_cached_prefix_leaves_its_features_out(bench: Bench) -> None:
     bench.scheduler.prefill(req, cached=2)
     bench.scheduler.verify(req)
     assert positions(bench.traces()["a"]) == [2, 3]
+
+
+def test_features_that_are_computed_again_are_never_copied() -> None:
+    bench = Bench(features="recompute")
+    bench.start()
+    req = Req("a", [5, 6, 7], limit=5)
+    bench.scheduler.prefill(req, cached=1)
+    bench.scheduler.verify(req, accept=0)
+    bench.scheduler.verify(req, accept=2)
+    trace = bench.traces()["a"]
+    assert trace.features == Features(mode="recompute", layers=(0, 1, 2))
+    assert to_numpy(trace.output).tolist() == [8, 9, 10, 11, 12]
+    assert to_numpy(trace.rounds.top_ids)[:, 0].tolist() == [8, 9, 1, 1, 10, 11, 12]
 
 
 def test_chunks_and_a_retraction_take_each_position_once(bench: Bench) -> None:
