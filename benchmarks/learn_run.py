@@ -22,8 +22,8 @@ from livedraft.contracts.messages import Delivery, Record
 from livedraft.contracts.settings import Trainer as TrainerSettings
 
 
-class Job(Record, frozen=True, kw_only=True):
-    """What a learner's process is told."""
+class Job(Record, frozen=True, kw_only=True, omit_defaults=False):
+    """What a learner's process is told, defaults included: a peer's does not know them."""
 
     target: str
     #: File of the trace set, as ``learn_traces`` and as ``learn_peers`` write it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from livedraft.benchmarks.learn_learners import PEERS
 from livedraft.benchmarks.learn_run import Job, Mark
 from livedraft.benchmarks.learn_score import ScoreJob, Scores
 from livedraft.benchmarks.learn_traces import Sizes, TraceSets, record
@@ -17,6 +19,7 @@ from livedraft.contracts.messages import Record
 from tests.serving.local.models import make_target
 
 WINDOW = 3
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,15 @@ def learn(sets: tuple[str, TraceSets], out: Path, seconds_per_ktoken: float, **s
     )
     run("learn_run", job, out.parent / "job.json")
     return [msgspec.json.decode(line, type=Mark) for line in (out / "marks.jsonl").read_bytes().splitlines()]
+
+
+def test_a_job_tells_its_defaults_to_a_peer_that_does_not_know_them() -> None:
+    job = Job(target="", traces="", start="", window=1, seconds_per_ktoken=1.0, seed=0, threads=1, out="")
+    told = msgspec.json.decode(msgspec.json.encode(job))
+    peers = [(ROOT / "benchmarks" / "peers" / f"run_{peer}.py").read_text() for peer in PEERS]
+    asked = {name for source in peers for name in re.findall(r'job\["(\w+)"\]', source)}
+    assert "windows" in asked
+    assert asked - {"verifier"} <= told.keys()
 
 
 def test_each_window_leaves_a_mark_and_a_checkpoint_and_all_are_scored(
