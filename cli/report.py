@@ -34,13 +34,15 @@ def build(run: Run, comparison: Comparison, version: str, restarts: Sequence[int
     swaps = [d for d in run.decisions if d.action == "promote"]
     errors = [d.evidence["predicted_error"] for d in swaps if "predicted_error" in d.evidence]
     gaps = [(a, b) for s in run.served for a, b in itertools.pairwise(s.arrivals)]
-    delay, elsewhere = delays_ms(gaps, [d.evidence.get("applied_at", d.at) for d in swaps])
+    delays, elsewhere = delays_ms(gaps, [d.evidence.get("applied_at", d.at) for d in swaps])
     report |= {
         "swaps": {
             "applied": len(swaps),
             "rolled_back": sum(d.action == "rollback" for d in run.decisions),
             "rejected": sum(d.action == "reject" for d in run.decisions),
-            "max_token_delay_ms": delay,
+            "max_token_delay_ms": max(delays, default=None),
+            # Of each swap, in their order.
+            "token_delays_ms": delays,
             # The yardstick: how long tokens wait on this machine when nothing is swapped, as often as not.
             "max_delay_without_swap_ms": elsewhere,
             "max_stall_ms": round(max((d.evidence.get("stall_s", 0.0) for d in swaps), default=0.0) * 1e3, 3),
@@ -103,27 +105,28 @@ def _moving(served: Sequence[Served]) -> list[float]:
     return line
 
 
-def delays_ms(gaps: Sequence[tuple[float, float]], swaps: Sequence[float]) -> tuple[float | None, float | None]:
-    """Longest wait for a chunk that spanned a swap, beyond the usual wait (the 95th percentile of all); and the same
-    of as many instants of the same time without a swap within 1 s: the median over ``_DRAWS`` sets of them.
+def delays_ms(gaps: Sequence[tuple[float, float]], swaps: Sequence[float]) -> tuple[list[float], float | None]:
+    """Longest wait for a chunk that spanned each swap, beyond the usual wait (the 95th percentile of all); and the
+    longest of as many instants of the same time without a swap within 1 s: the median over ``_DRAWS`` sets of them.
 
     ``gaps``: (from, to) in Unix seconds; ``swaps``: Unix seconds.
     """
     if len(gaps) < 100 or not any(a <= at <= b for a, b in gaps for at in swaps):
-        return None, None
+        return [], None
     usual = statistics.quantiles((b - a for a, b in gaps), n=20)[-1]
     longer = [(a, b) for a, b in gaps if b - a > usual]
 
     def longest(instants: Sequence[float]) -> float:
         return max((b - a - usual for a, b in longer if any(a <= at <= b for at in instants)), default=0.0) * 1e3
 
+    around = [round(longest([at]), 2) for at in swaps]
     rng, first, last = random.Random(0), min(swaps), max(b for _, b in gaps)
     drawn = [rng.uniform(first, last) for _ in range(100 * len(swaps))]
     calm = [at for at in drawn if all(abs(at - swap) > 1.0 for swap in swaps)]
     if len(calm) < len(swaps):
-        return round(longest(swaps), 2), None
+        return around, None
     elsewhere = statistics.median(longest(rng.sample(calm, len(swaps))) for _ in range(_DRAWS))
-    return round(longest(swaps), 2), round(elsewhere, 2)
+    return around, round(elsewhere, 2)
 
 
 def show(report: dict[str, Any], out: Path, registry: str, console: Console) -> None:
