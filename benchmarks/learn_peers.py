@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from livedraft.contracts.checkpoint import DrafterConfig
 from livedraft.contracts.messages import Trace
-from livedraft.traces.arrays import to_float32, to_numpy
+from livedraft.traces.arrays import feature_values, to_numpy
 from livedraft.trainer.model import Drafter, Norm
 from livedraft.trainer.target import Target, fresh_config
 from torch import Tensor, nn
@@ -106,8 +106,7 @@ def sample_of(trace: Trace) -> dict[str, Tensor]:
     Nothing reads the features of the last token, which the engine never computed: they are zero.
     """
     prompt, output = (to_numpy(a).astype(np.int64) for a in (trace.prompt, trace.output))
-    assert trace.features.values is not None
-    features = to_float32(trace.features.values)[: len(prompt) + len(output) - 1]
+    features = feature_values(trace.features)[: len(prompt) + len(output) - 1]
     mask = np.arange(len(prompt) + len(output)) >= len(prompt)
     return {
         "input_ids": torch.from_numpy(np.concatenate([prompt, output])),

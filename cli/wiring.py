@@ -186,7 +186,7 @@ def build_engine(settings: Settings, drafter: Path | None, version: str, sink: T
         sink=sink,
         admit=lambda request: rule(request).captured,
         buffer_bytes=traces.buffer_bytes,
-        features=traces.features,
+        features=traces.features if traces.features == "recompute" else traces.feature_dtype,
     )
 
 

@@ -11,10 +11,11 @@ from typing import Literal
 import msgspec
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 0
+SCHEMA_MINOR = 1
 
-#: Little-endian scalar types of an ``Array``: numpy's letters, with ``bf2`` for bfloat16 and ``u1`` for bytes.
-DType = Literal["f4", "f2", "bf2", "i8", "i4", "i2", "u1"]
+#: Little-endian scalar types of an ``Array``: numpy's letters, with ``bf2`` for bfloat16, ``u1`` for bytes and, since
+#: schema 1.1, ``e4m3`` for the 8-bit float of that name without infinities (arXiv 2209.05433).
+DType = Literal["f4", "f2", "bf2", "e4m3", "i8", "i4", "i2", "u1"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -136,8 +137,10 @@ class Features(Record, frozen=True, kw_only=True):
     start: int = 0
     #: 0-based ids of the blocks whose outputs were taken (low, middle, high).
     layers: tuple[int, ...] = ()
-    #: bf2 or f4 [n, 3d].
+    #: bf2, f4 or e4m3 [n, 3d].
     values: Array | None = None
+    #: f4[n], with e4m3 alone: what each row of ``values`` is multiplied by.  Since schema 1.1.
+    scale: Array | None = None
     reference: str | None = None
 
 

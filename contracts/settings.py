@@ -115,6 +115,8 @@ class Traces(_Section, frozen=True, kw_only=True):
     #: The target's hidden states, by far the most of a trace: "inline" sends them, "recompute" leaves it to trainer
     #: and controller to run the target over the text again (see ``trainer.recompute``).
     features: Literal["inline", "recompute"] = "inline"
+    #: In what they are sent: "bf16", or "fp8": e4m3 with one scale a position, in half the bytes.
+    feature_dtype: Literal["bf16", "fp8"] = "bf16"
     #: Fraction of requests captured.
     sample_rate: float = 1.0
     #: Fraction of requests held out of training as the gate's evidence.

@@ -1,4 +1,4 @@
-"""``Array`` (raw little-endian bytes) to numpy and back; bfloat16 travels as its 16 bits."""
+"""``Array`` (raw little-endian bytes) to numpy and back; bfloat16 travels as its 16 bits, e4m3 as its 8."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 from livedraft.contracts.errors import CorruptRecord
-from livedraft.contracts.messages import Array, DType, Trace
+from livedraft.contracts.messages import Array, DType, Features, Trace
 from numpy.typing import ArrayLike, NDArray
 
-#: numpy has no bfloat16: its bits are held as uint16.
+#: numpy has neither bfloat16 nor e4m3: their bits are held as uint16 and uint8.
 NUMPY: dict[DType, np.dtype[Any]] = {
     "f4": np.dtype("<f4"),
     "f2": np.dtype("<f2"),
     "bf2": np.dtype("<u2"),
+    "e4m3": np.dtype("u1"),
     "i8": np.dtype("<i8"),
     "i4": np.dtype("<i4"),
     "i2": np.dtype("<i2"),
@@ -25,8 +26,8 @@ NUMPY: dict[DType, np.dtype[Any]] = {
 def from_numpy(values: ArrayLike, dtype: DType) -> Array:
     """An ``Array`` of ``dtype`` from anything numpy reads; any shape.
 
-    ``bf2`` takes uint16 as bits and rounds floats.  Raises TypeError where the conversion would change the kind
-    of the values (floats to integers) and OverflowError where an integer does not fit.
+    ``bf2`` takes uint16 as bits and rounds floats, ``e4m3`` takes bits only.  Raises TypeError where the conversion
+    would change the kind of the values (floats to integers) and OverflowError where an integer does not fit.
     """
     source = np.asarray(values)
     if source.size == 0:
@@ -44,7 +45,7 @@ def from_numpy(values: ArrayLike, dtype: DType) -> Array:
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
-    """A read-only view of the array's bytes, of its shape; ``bf2`` as uint16 bits.
+    """A read-only view of the array's bytes, of its shape; ``bf2`` and ``e4m3`` as their bits.
 
     Raises CorruptRecord when bytes and shape disagree.
     """
@@ -58,9 +59,20 @@ def to_numpy(array: Array) -> NDArray[Any]:
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:
-    """The values of an ``f4``, ``f2`` or ``bf2`` array as float32, exactly.  Raises CorruptRecord as ``to_numpy``."""
+    """The values of an array of floats as float32, exactly.  Raises CorruptRecord as ``to_numpy``."""
     values = to_numpy(array)
+    if array.dtype == "e4m3":
+        decoded: NDArray[np.float32] = _E4M3[values]
+        return decoded
     return bf16_to_float32(values) if array.dtype == "bf2" else values.astype(np.float32, copy=False)
+
+
+def feature_values(features: Features) -> NDArray[np.float32]:
+    """f[n, 3d] what ``features.values`` stands for.  Raises CorruptRecord where there is nothing."""
+    if features.values is None:
+        raise CorruptRecord("features.values: missing")
+    values = to_float32(features.values)
+    return values if features.scale is None else values * to_float32(features.scale)[:, None]
 
 
 def float32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -77,6 +89,18 @@ def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def _all_e4m3() -> NDArray[np.float32]:
+    """The value of each byte: sign, 4 bits of exponent (bias 7), 3 of mantissa; all ones but the sign are NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    size[code & 127 == 127] = np.nan
+    return np.where(code & 128, -size, size).astype(np.float32)
+
+
+_E4M3 = _all_e4m3()
+
+
 def describe(array: Array) -> str:
     """``i4[3,32]``."""
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
@@ -87,4 +111,4 @@ def tensor_bytes(trace: Trace) -> int:
     rounds = trace.rounds
     total = len(trace.prompt.data) + len(trace.output.data)
     total += sum(len(getattr(rounds, name).data) for name in rounds.__struct_fields__)
-    return total + (len(trace.features.values.data) if trace.features.values else 0)
+    return total + sum(len(array.data) for array in (trace.features.values, trace.features.scale) if array)

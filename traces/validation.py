@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 #: Rounding allowed in probabilities and log-probabilities computed in float32 or less.
 TOLERANCE = 1e-2
 
+#: Of features: unsigned integers of their width and, shifted left by their sign, the least that is no finite number.
+_FEATURES: dict[DType, tuple[str, int]] = {"bf2": ("<u2", 0xFF00), "f4": ("<u4", 0xFF000000), "e4m3": ("u1", 0xFE)}
+#: With the largest e4m3, 448, the largest float32.
+_LARGEST_SCALE = float(np.finfo(np.float32).max) / 448
+
 #: The most elements of one dimension that numpy can hold, of any dtype of ours.
 _LARGEST = np.iinfo(np.intp).max // 8
 
@@ -143,15 +148,28 @@ def _check_features(features: Features, length: int) -> None:
     values = features.values
     if values is None:
         raise CorruptRecord("features.values: missing, with mode inline")
-    _fits("features.values", values, "bf2" if values.dtype == "bf2" else "f4", (None, None))
+    _fits("features.values", values, values.dtype if values.dtype in _FEATURES else "f4", (None, None))
     positions, width = values.shape
+    if values.dtype == "e4m3":
+        _check_scale(features.scale, positions)
+    _require(values.dtype == "e4m3" or features.scale is None, "features.scale", "given, but values are not e4m3")
     _require(0 <= features.start <= length - positions, "features.start", "values lie outside prompt + output")
     layers = len(features.layers)
     _require(not layers or width % layers == 0, "features.layers", "does not divide the width of values")
     # Without their sign, infinities are the largest, but for NaNs.
-    unsigned, infinity = ("<u2", 0xFF00) if values.dtype == "bf2" else ("<u4", 0xFF000000)
+    unsigned, infinity = _FEATURES[values.dtype]
     largest = np.maximum.reduce(_joined([values]).view(unsigned) << 1, initial=0)
     _require(int(largest) < infinity, "features.values", "NaN or infinity")
+
+
+def _check_scale(scale: Array | None, positions: int) -> None:
+    if scale is None:
+        raise CorruptRecord("features.scale: missing, with e4m3 values")
+    _fits("features.scale", scale, "f4", (positions,))
+    factors = _joined([scale])
+    least, largest = np.minimum.reduce(factors, initial=1.0), np.maximum.reduce(factors, initial=1.0)
+    # A value is at most 448 times its row's scale; NaN fails the comparison.
+    _require(float(least) > 0 and float(largest) < _LARGEST_SCALE, "features.scale", "expected above 0 and finite")
 
 
 def _fits(name: str, array: Array, dtype: DType, shape: tuple[int | None, ...]) -> None:

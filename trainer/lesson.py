@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from livedraft.contracts.messages import Rounds, Trace
-from livedraft.traces.arrays import to_float32, to_numpy
+from livedraft.traces.arrays import feature_values, to_float32, to_numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -154,8 +154,7 @@ def lesson(
     features are left out.
     """
     tokens = np.concatenate([to_numpy(trace.prompt), to_numpy(trace.output)]).astype(np.int64)
-    assert trace.features.values is not None, "admission lets only traces with features in"
-    features = to_float32(trace.features.values)
+    features = feature_values(trace.features)
     start = max(start, trace.features.start)
     end = min(trace.features.start + len(features), len(tokens) - 1)
     end = end if window is None else min(end, start + window)

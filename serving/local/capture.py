@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from livedraft.contracts.messages import Array, Features, FinishReason, Generation, Rounds, Trace
 from livedraft.contracts.ports import TraceSink
+from livedraft.kernels.features import pack_rows
 from livedraft.serving.local.propose import Proposal
 from torch import Tensor
 
-#: Whether traces carry features or leave them to be computed again: ``traces.features``.
-FeatureMode = Literal["inline", "recompute"]
+#: In what traces carry features, or that they leave them to be computed again.
+FeatureMode = Literal["bf16", "fp8", "recompute"]
 
 _NICE = 10
 #: Rounds whose logits are looked at together.
@@ -63,10 +64,13 @@ class Capture:
     Engine's loop: ``recording.add(...)`` each round, ``capture.finish(recording, ...)`` when the request ends.
     """
 
-    def __init__(self, sink: TraceSink, origin: Origin, *, topk: int, buffer_bytes: int) -> None:
+    def __init__(
+        self, sink: TraceSink, origin: Origin, *, topk: int, buffer_bytes: int, eight_bits: bool = False
+    ) -> None:
         self._sink = sink
         self._origin = origin
         self._topk = topk
+        self._eight_bits = eight_bits
         self._buffer = buffer_bytes
         self._waiting = 0
         self._lock = threading.Lock()
@@ -103,14 +107,20 @@ class Capture:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (item := self._queue.get()) is not None:
             recording, request, tokens, reason = item
-            self._sink.offer(trace(recording, request, tokens, reason, self._origin, self._topk))
+            self._sink.offer(trace(recording, request, tokens, reason, self._origin, self._topk, self._eight_bits))
             with self._lock:
                 self._waiting -= recording.size
 
 
 @torch.inference_mode()
 def trace(
-    recording: Recording, request: Generation, tokens: list[int], reason: FinishReason, origin: Origin, topk: int
+    recording: Recording,
+    request: Generation,
+    tokens: list[int],
+    reason: FinishReason,
+    origin: Origin,
+    topk: int,
+    eight_bits: bool = False,
 ) -> Trace:
     """The trace of one finished request; ``tokens`` is prompt and output."""
     temperature = request.sampling.temperature or 1.0
@@ -157,7 +167,7 @@ def trace(
             top_logprobs=_floats(torch.cat(values)),
             tail=_floats(torch.cat(tails)),
         ),
-        features=_features(recording, origin, len(tokens) - 1),
+        features=_features(recording, origin, len(tokens) - 1, eight_bits),
         tenant=request.tenant,
         domain=request.domain,
     )
@@ -180,12 +190,16 @@ def _flags(nodes: int, path: Sequence[int]) -> bytes:
     return bytes(flags)
 
 
-def _features(recording: Recording, origin: Origin, known: int) -> Features:
+def _features(recording: Recording, origin: Origin, known: int, eight_bits: bool) -> Features:
     if not recording.features:
         return Features(mode="recompute", layers=origin.layers)
     # A last round cut short by a stop leaves rows of tokens that were never committed.
-    values = torch.cat(recording.features)[:known].to(torch.bfloat16).view(torch.int16)
-    return Features(mode="inline", start=0, layers=origin.layers, values=_tensor(values, "bf2"))
+    values = torch.cat(recording.features)[:known].to(torch.bfloat16)
+    if eight_bits:
+        packed, scale = pack_rows(values)
+        bits = Array(dtype="e4m3", shape=tuple(packed.shape), data=packed.view(torch.uint8).numpy().tobytes())
+        return Features(mode="inline", layers=origin.layers, values=bits, scale=_floats(scale))
+    return Features(mode="inline", layers=origin.layers, values=_tensor(values.view(torch.int16), "bf2"))
 
 
 def _integers(values: Sequence[int], dtype: str) -> Array:

@@ -99,7 +99,7 @@ class LocalEngine:
         sink: TraceSink | None = None,
         admit: Callable[[Generation], bool] = lambda request: True,
         buffer_bytes: int = 64 << 20,
-        features: FeatureMode = "inline",
+        features: FeatureMode = "bf16",
     ) -> None:
         torch.set_num_threads(settings.threads)
         folder = place.find(settings.target)
@@ -121,9 +121,11 @@ class LocalEngine:
         origin = Origin(NAME, self._name, self._revision, self._text.hash, self.target.config.feature_layers)
         self._admit_trace = admit
         self._capture = (
-            Capture(sink, origin, topk=settings.capture_topk, buffer_bytes=buffer_bytes) if sink is not None else None
+            Capture(sink, origin, topk=settings.capture_topk, buffer_bytes=buffer_bytes, eight_bits=features == "fp8")
+            if sink is not None
+            else None
         )
-        self._keeps_features = features == "inline"
+        self._keeps_features = features != "recompute"
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Generation, Callable[[Delta], None]]] = deque()
         self._running: list[_Running] = []

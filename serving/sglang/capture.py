@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from livedraft.contracts.errors import SettingsError
-from livedraft.contracts.messages import FinishReason, Generation, Sampling
+from livedraft.contracts.messages import FinishReason, Generation, Sampling, Trace
 from livedraft.contracts.ports import TraceSink
 from livedraft.contracts.settings import Settings
+from livedraft.kernels.features import pack_rows
 from livedraft.serving.sglang.budget import Budget
 from livedraft.serving.sglang.identity import Drafting, Identity
 from livedraft.serving.sglang.proposals import Proposals, Tap, proposed
@@ -30,7 +32,9 @@ from livedraft.serving.sglang.rounds import Best, Lifted, Span, best, pack
 from livedraft.serving.sglang.surface import Feature, Hook
 from livedraft.serving.sglang.tally import Tally
 from livedraft.traces.admission import admit
+from livedraft.traces.arrays import from_numpy, to_numpy
 from livedraft.traces.relay_sink import SCHEME, RelaySink
+from msgspec.structs import replace
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -518,7 +522,17 @@ class Capture:
         except Torn as problem:
             self._count_lost("torn", f"request {ended.recording.request_id}: {problem}")
             return
-        sink.offer(made)
+        sink.offer(_in_eight_bits(made) if self._settings.traces.feature_dtype == "fp8" else made)
+
+
+def _in_eight_bits(trace: Trace) -> Trace:
+    """``trace`` with its features, if it has any, as e4m3."""
+    values = trace.features.values
+    if values is None:
+        return trace
+    packed, scale = pack_rows(torch.from_numpy(to_numpy(values).view(np.int16).copy()).view(torch.bfloat16))
+    bits, factors = from_numpy(packed.view(torch.uint8).numpy(), "e4m3"), from_numpy(scale.numpy(), "f4")
+    return replace(trace, features=replace(trace.features, values=bits, scale=factors))
 
 
 def feature_layers(worker: Any) -> tuple[int, ...]:

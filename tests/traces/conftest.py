@@ -49,6 +49,10 @@ def build_trace(seed: int = 0, *, rounds: int = 4, width: int = 6, mode: str = "
     if mode == "inline":
         values = rng.standard_normal((len(text), width), np.float32)
         features = Features(mode="inline", layers=(1, 5, 9), values=from_numpy(values, "bf2"))
+    if mode == "fp8":
+        bits = rng.integers(0, 127, (len(text), width)) + 128 * rng.integers(0, 2, (len(text), width))
+        scale = from_numpy(rng.lognormal(size=len(text)), "f4")
+        features = Features(mode="inline", layers=(1, 5, 9), values=from_numpy(bits, "e4m3"), scale=scale)
     probabilities = rng.dirichlet(np.ones(topk + 1), rows).reshape(rows, topk + 1)
     best_first = -np.sort(-probabilities[:, :topk], axis=1)
     trace = Trace(
@@ -96,7 +100,7 @@ def any_trace() -> st.SearchStrategy[Trace]:
         st.integers(0, 1 << 30),
         rounds=st.integers(0, 6),
         width=st.sampled_from([3, 6, 30]),
-        mode=st.sampled_from(["inline", "recompute"]),
+        mode=st.sampled_from(["inline", "fp8", "recompute"]),
         domain=st.text(max_size=5),
         tenant=st.text(max_size=5),
         consent=st.booleans(),

@@ -60,7 +60,7 @@ def test_what_is_not_one_whole_trace_is_not_repacked(make_trace: Any) -> None:
 def test_headers_say_what_it_takes_to_route_a_message_unread(make_trace: Any) -> None:
     trace = make_trace(1, tenant="é", target="qwen", target_revision="abc", drafters=("3", "4"))
     assert dict(pack(trace, 1 << 20).headers) == {
-        "schema": b"1.0",
+        "schema": b"1.1",
         "target": b"qwen@abc",
         "drafter": b"4",
         "tenant": "é".encode(),

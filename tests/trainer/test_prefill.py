@@ -16,7 +16,7 @@ from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Trainer
 from livedraft.serving.local.capture import FeatureMode
 from livedraft.serving.local.engine import LocalEngine
-from livedraft.traces.arrays import from_numpy, to_float32, to_numpy
+from livedraft.traces.arrays import feature_values, from_numpy, to_float32, to_numpy
 from livedraft.traces.validation import validate
 from livedraft.trainer.checkpoint import Checkpoints
 from livedraft.trainer.evaluate import DraftReplay
@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inline(folder: Path) -> list[Trace]:
-    return serve(folder, "inline")
+    return serve(folder, "bf16")
 
 
 def stripped(trace: Trace) -> Trace:
@@ -109,7 +109,7 @@ def assert_same_features(found: Trace, wanted: Trace) -> None:
 @pytest.mark.parametrize("tree", [1, 3], ids=["chain", "tree"])
 def test_features_are_those_that_the_engine_would_have_sent(tmp_path: Path, family: str, tree: int) -> None:
     target = make_target(tmp_path / "target", family, layers=8)
-    wanted = serve(target, "inline", tree_topk=tree)
+    wanted = serve(target, "bf16", tree_topk=tree)
     sent = serve(target, "recompute", tree_topk=tree)
     prefill = Prefill(target)
     assert all(trace.features.values is None and trace.features.layers == (1, 3, 4) for trace in sent)
@@ -162,6 +162,22 @@ def admit(to: Learner, *traces: Trace) -> list[str]:
     named = [replace(t, target=to.target.target, target_revision="", tokenizer_hash="") for t in traces]
     first = to.offsets.get("0", 0)
     return [to.admit(Delivery(partition="0", offset=first + i, item=t)) for i, t in enumerate(named)]
+
+
+def test_features_of_8_bits_are_near_and_teach_nearly_the_same(folder: Path, inline: list[Trace]) -> None:
+    narrow = serve(folder, "fp8")
+    for found, wanted in zip(narrow, inline, strict=True):
+        validate(found)
+        assert (found.output, found.rounds) == (wanted.output, wanted.rounds)
+        ours, theirs = feature_values(found.features), feature_values(wanted.features)
+        steps = np.abs(theirs).max(1, keepdims=True) / 448 * 2**-9
+        assert (np.abs(ours - theirs) <= np.maximum(np.abs(theirs) / 15, steps)).all()
+    losses = []
+    for traces in (inline, narrow):
+        found_by = learner(folder)
+        assert admit(found_by, *traces) == ["admitted"] * len(traces)
+        losses.append([found_by.step().loss for _ in range(12)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.03)
 
 
 @pytest.mark.parametrize("lose", [stripped, text_only], ids=["without features", "text alone"])

@@ -10,7 +10,7 @@ from livedraft.contracts.messages import Features, Trace
 from livedraft.contracts.settings import Settings, Traces
 from livedraft.serving.sglang.capture import Capture
 from livedraft.serving.sglang.identity import Drafting, Identity
-from livedraft.traces.arrays import to_float32, to_numpy
+from livedraft.traces.arrays import feature_values, to_float32, to_numpy
 from livedraft.traces.validation import validate
 
 from .scheduler import Finish, Req, Scheduler
@@ -125,6 +125,19 @@ def test_features_that_are_computed_again_are_never_copied() -> None:
     assert trace.features == Features(mode="recompute", layers=(0, 1, 2))
     assert to_numpy(trace.output).tolist() == [8, 9, 10, 11, 12]
     assert to_numpy(trace.rounds.top_ids)[:, 0].tolist() == [8, 9, 1, 1, 10, 11, 12]
+
+
+def test_features_may_go_in_8_bits(bench: Bench) -> None:
+    eight = Bench(feature_dtype="fp8")
+    eight.start()
+    for each in (bench, eight):
+        req = Req("a", [5, 6, 7], limit=4)
+        each.scheduler.prefill(req, cached=1)
+        each.scheduler.verify(req, accept=2)
+    wide, narrow = bench.traces()["a"].features, eight.traces()["a"].features
+    assert narrow.values is not None
+    assert (narrow.values.dtype, narrow.start, narrow.layers) == ("e4m3", 1, wide.layers)
+    np.testing.assert_allclose(feature_values(narrow), feature_values(wide), rtol=1 / 16)
 
 
 def test_chunks_and_a_retraction_take_each_position_once(bench: Bench) -> None:
