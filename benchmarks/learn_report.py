@@ -63,7 +63,7 @@ def build(runs: Sequence[Run], sets: TraceSets, costs: Mapping[str, float], size
         if scenario.ends:
             report["shift"] = {name: side.shift() for name, side in data.items()}
             if OURS in data:
-                report["summary"] |= _shift_summary(report["shift"][OURS])
+                report["summary"] |= _shift_summary(report["shift"][OURS], data)
     report["sets"] = _sets(sets)
     report["costs"] = dict(costs)
     report["intervals"] = _METHOD
@@ -146,7 +146,7 @@ class _Side:
         windows = range(0, len(ours) - block + 1, block)
         return {
             "min_relative_al": bootstrap_blocks(relative, ours, frozen, block=block).to_json(),
-            "recovery_ratio": bootstrap_two(lambda b, a: at(b, returned) / at(a, shifted), code, prose).to_json(),
+            "code_over_prose": bootstrap_two(lambda b, a: at(b, returned) / at(a, shifted), code, prose).to_json(),
             "tokens_to_90_percent_after_shift": _finite(
                 tokens_to(
                     self.tokens[shifted : returned + 1],
@@ -214,11 +214,21 @@ def _final_ratio(ours: Any, theirs: Any) -> Interval:
     return bootstrap(lambda a, b: float(curve(a)[-1] / curve(b)[-1]), ours.all, theirs.all)
 
 
-def _shift_summary(shift: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "shift": {"min_relative_al": shift["min_relative_al"], "recovery_ratio": shift["recovery_ratio"]},
-        "forgetting": shift["forgetting"],
-    }
+def _shift_summary(shift: Mapping[str, Any], data: Mapping[str, _Side]) -> dict[str, Any]:
+    """Recovery is ``day0_tokens_ratio`` on the new domain, in tokens since the shift: a half is twice as fast."""
+    found = {"min_relative_al": shift["min_relative_al"]}
+    for suffix, name in (("", ONE_PASS), ("_same_cpu", EPOCHS)):
+        ratio = _recovery_ratio(data[OURS], data[name]) if name in data else _UNKNOWN
+        found[f"recovery_ratio{suffix}"] = ratio.to_json()
+    return {"shift": found, "forgetting": shift["forgetting"]}
+
+
+def _recovery_ratio(ours: _Side, theirs: _Side) -> Interval:
+    shifted, returned, _ = ours.runs[0].scenario.ends
+    phase = slice(shifted, returned + 1)
+    tokens = [at - ours.tokens[shifted] for at in ours.tokens[phase]]
+    sides = (side.of(domain="code") for side in (ours, theirs))
+    return bootstrap(lambda a, b: tokens_ratio(tokens, curve(a)[phase], curve(b)[phase]), *sides)
 
 
 def _sets(sets: TraceSets) -> dict[str, Any]:
@@ -276,10 +286,15 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if "shift" in report:
         table = Table(title="Prose, then code, then prose again", title_justify="left")
         table.add_column("learner")
-        for column in ("worst of 50 requests over frozen", "code / prose before", "forgetting", "prose after return"):
+        for column in (
+            "worst of 50 requests over frozen",
+            "code over prose before",
+            "forgetting",
+            "prose after return",
+        ):
             table.add_column(column, justify="right")
         for learner, found in report["shift"].items():
-            names = ("min_relative_al", "recovery_ratio", "forgetting", "after_return")
+            names = ("min_relative_al", "code_over_prose", "forgetting", "after_return")
             table.add_row(learner, *(_text(found[name]) for name in names))
         console.print(table)
     for name, why in report.get("not_measured", {}).items():
@@ -314,7 +329,7 @@ def draw(report: Mapping[str, Any], out: Path) -> None:
             axes[1].plot(found["tokens"], found["accept_length_at"]["0.7"], **style)
             axes[2].plot(found["tokens"], found["goodput_tokens_per_s"], **style)
         axes[0].set_ylabel("accept length on held-out texts (thin: seeds)")
-        axes[0].legend(loc="upper left", fontsize=9)
+        axes[0].legend(fontsize=9)
         axes[1].set_ylabel("accept length at temperature 0.7")
         axes[2].set_ylabel("tokens/s at batch 1, by the engine's measured costs")
         for axis in axes:
@@ -340,7 +355,7 @@ def _draw_shift(report: Mapping[str, Any], out: Path, plt: Any) -> None:
             axis.axvline(end, color="#b03a2e", linestyle="--", linewidth=1)
         axis.set_ylabel(f"accept length on held-out {domain}")
         axis.set_xlabel("tokens of traffic (red: prose to code, and back)")
-    axes[0].legend(loc="upper left", fontsize=9)
+    axes[0].legend(fontsize=9)
     axes[2].axhline(1, color="black", linewidth=0.7)
     axes[2].set_ylabel("accept length over the drafter frozen at the shift")
     axes[2].set_xlabel("request")

@@ -79,6 +79,7 @@ def test_the_summary_says_who_learns_faster_and_what_a_shift_costs(sets: TraceSe
             3000,
             served=1.1,
         ),
+        write_run(tmp_path / "f", RETURN, ONE_PASS, [1.0] * 7, [1.0, 1.1, 1.0, 1.1, 1.2, 1.5, 1.5], 2000),
     ]
     report = build(runs, sets, COSTS, SIZES)
     summary = report["summary"]
@@ -90,7 +91,10 @@ def test_the_summary_says_who_learns_faster_and_what_a_shift_costs(sets: TraceSe
     assert summary["trainer_ratio_over_fastest_peer"]["value"] == pytest.approx(3.0)
     assert summary["against_peers"]["speculators"]["final_al_ratio"]["value"] == pytest.approx(1.5)
     assert summary["shift"]["min_relative_al"]["value"] == pytest.approx(1.1)
-    assert summary["shift"]["recovery_ratio"]["value"] == pytest.approx(1.6 / 2.0)
+    assert summary["shift"]["recovery_ratio_same_cpu"]["value"] is None
+    # On code, 2000 tokens after the shift one pass has come to 1.2; ours has that after 1000.
+    assert summary["shift"]["recovery_ratio"]["value"] == pytest.approx(0.5)
+    assert report["shift"][OURS]["code_over_prose"]["value"] == pytest.approx(1.6 / 2.0)
     assert summary["forgetting"]["value"] == pytest.approx(0.1)
     assert report["shift"][OURS]["after_return"]["value"] == pytest.approx(1.0)
     # 0.9 of 1.6 lies 0.6 of the way from 1.2, at 3000, to 1.6, at 4000; the shift was at 2000.

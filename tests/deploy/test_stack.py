@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 import urllib.parse
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.messages import Trace
 from livedraft.contracts.ports import TraceSource
 from livedraft.contracts.settings import Settings, load
+from livedraft.swap.journal import Journal
 from livedraft.swap.mlflow_registry import MlflowRegistry
 from livedraft.traces.urls import open_source
+from livedraft.trainer.loop import Progress
 from msgspec.structs import replace
 
 from tests.traffic import traffic
@@ -32,6 +36,8 @@ KEYS = "sk-acme:acme,sk-other:other"
 #: What ends by our signal, in the order in which Compose stops them: nobody before those that depend on it.
 PROCESSES = ["controller", "trainer", "gateway", "engine", "relay"]
 CONSUMER = "check"
+#: Seconds that the registry stays away; minutes are worth a try, and nothing that depends on them differs.
+OUTAGE_S = float(os.environ.get("LIVEDRAFT_TEST_OUTAGE_S", "15"))
 
 
 def eventually(condition: Callable[[], bool], timeout: float, stack: LocalStack) -> None:
@@ -172,6 +178,55 @@ def test_the_trainer_publishes_the_controller_decides_and_the_engine_drafts_with
     assert previous is not None
     assert any(decision.action == "promote" for decision in registry.decisions())
     assert registry.resolve("candidate") is not None
+
+
+@pytest.mark.timeout(900)
+def test_decisions_wait_for_a_registry_that_is_away_and_reach_it_in_order(stack: LocalStack) -> None:
+    """It goes in the middle of a watch, whose verdict falls while nobody can be told."""
+    journal = Journal(Path(settings_of(stack, "controller").swap.folder))
+
+    def is_watched() -> bool:
+        return journal.watch is not None
+
+    def steps() -> int:
+        path = Path(settings_of(stack, "trainer").trainer.folder) / "progress.json"
+        return msgspec.json.decode(path.read_bytes(), type=Progress).steps
+
+    with traffic(lambda prompt, _: ask(stack, prompt)):
+        eventually(is_watched, 300, stack)
+        stack.crash("mlflow")
+        try:
+            gone_at, learned = time.monotonic(), steps()
+            eventually(lambda: len(journal.undelivered()) > 0, 120, stack)
+            waiting = journal.undelivered()
+            eventually(lambda: steps() > learned and time.monotonic() > gone_at + OUTAGE_S, OUTAGE_S + 120, stack)
+            assert journal.undelivered()[: len(waiting)] == waiting, "what nobody could be told of was forgotten"
+            assert ask(stack, "In the beginning")["choices"]
+        finally:
+            stack.up(["mlflow"])
+        before = version_behind(stack, "candidate")
+        eventually(lambda: not journal.undelivered(), 60, stack)
+        eventually(lambda: int(version_behind(stack, "candidate")["version"]) > int(before["version"]), 120, stack)
+    told = registry_of(stack).decisions()
+    assert told == journal.decisions()[: len(told)]
+    assert all(decision in told for decision in waiting)
+    live = registry_of(stack).resolve("live")
+    assert live is not None
+    shown = version_behind(stack, "live")
+    assert shown["version"] == live.version
+    assert re.fullmatch(r"[\d,]+ steps on [\d,]+ tokens, from version \d+", shown["description"])
+
+
+def version_behind(stack: LocalStack, alias: str) -> dict[str, Any]:
+    """What an alias points at, as MLflow's own API tells it to anybody."""
+    registry = settings_of(stack, "controller").registry
+    answer = httpx.get(
+        f"{registry.url}/api/2.0/mlflow/registered-models/alias",
+        params={"name": registry.model, "alias": alias},
+        timeout=30,
+    )
+    answer.raise_for_status()
+    return dict(answer.json()["model_version"])
 
 
 def test_prometheus_scrapes_every_process_and_answers_every_panel(stack: LocalStack) -> None:
