@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from livedraft.cli import new_drafts
+from livedraft.cli import new_drafts, vocabulary
 from livedraft.cli.console import (
     ConfigOption,
     JsonOption,
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.command("init")(new_drafts.init)
 app.command("import")(new_drafts.import_published)
+app.command("refresh-vocabulary")(vocabulary.refresh)
 
 #: Where a version's accept length was written down, by the gate that predicted it and the watch that saw it.
 _PREDICTED = ("promote/predicted_accept_length", "reject/predicted_accept_length")

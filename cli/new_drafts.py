@@ -61,7 +61,7 @@ def init(
 
     Without --draft-vocab it can propose every token of the target. With it, the N most frequent ones of --text and
     the tokens that end an answer; without --text, the vocabulary's first N, which in byte-pair vocabularies are the
-    most frequent merges. The choice cannot be changed by a swap later.
+    most frequent merges. The choice holds until `livedraft drafts refresh-vocabulary`.
 
     Start SGLang with --speculative-draft-model-path FOLDER, and livedraft's processes with engine.drafter = FOLDER.
 

@@ -54,6 +54,7 @@ class TrainerProgress(Record, frozen=True, kw_only=True):
     mode: str = "steady"
     reason: str = ""
     drifts: int = 0
+    excluded: float = 0.0
 
 
 def status(
@@ -171,6 +172,7 @@ def _trainer(settings: Settings) -> Answer:
             f"{seen.steps} steps, {seen.tokens} tokens, {seen.tokens_per_s:.0f} tokens/s; {learned}",
             f"{seen.lag} records behind; published last: {seen.published or 'none'}",
             f"{seen.mode}: {seen.reason or 'no reason given'}; acceptance fell for good {seen.drifts} times",
+            f"{seen.excluded:.1%} of what the target says cannot be proposed",
             f"said so {max(0.0, time.time() - seen.at):.0f} s ago",
         ],
     )

@@ -272,24 +272,24 @@ def train(settings: Settings, stop: threading.Event) -> None:
     from livedraft.trainer import process
 
     registry = open_registry(settings.registry)
-    if (found := once_answered(lambda: live_drafter(settings, registry), stop)) is None:
-        return
-    folder, live = found
     with (
         observed(settings.metrics, [TrainerCollector(settings.trainer)]),
         contextlib.closing(open_source(settings.traces, "trainer", settings.kafka)) as source,
-        _announcing(settings, registry) as registry,
+        _announcing(settings, registry) as announcing,
     ):
-        process.main(
-            settings.trainer,
-            target_folder=place.find(settings.engine.target),
-            drafter_folder=folder,
-            version=live.version,
-            source=source,
-            registry=registry,
-            held_out=settings.traces.held_out,
-            stop=stop,
-        )
+        # Again, whenever what is live has another draft vocabulary.
+        while (found := once_answered(lambda: live_drafter(settings, registry), stop)) is not None:
+            folder, live = found
+            process.main(
+                settings.trainer,
+                target_folder=place.find(settings.engine.target),
+                drafter_folder=folder,
+                version=live.version,
+                source=source,
+                registry=announcing,
+                held_out=settings.traces.held_out,
+                stop=stop,
+            )
 
 
 @contextlib.contextmanager

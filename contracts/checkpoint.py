@@ -92,6 +92,11 @@ def checksum(tensors: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{n}:{h}\n" for n, h in sorted(tensors.items())).encode()).hexdigest()
 
 
+def lineage(tensors: Mapping[str, str]) -> str:
+    """What versions with one draft vocabulary have in common, by a manifest's tensor hashes: 12 digits of its map's."""
+    return tensors.get("d2t", "")[:12]
+
+
 def hash_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """sha256 (hex) of each tensor's little-endian bytes."""
     return {name: hashlib.sha256(np.ascontiguousarray(t).tobytes()).hexdigest() for name, t in tensors.items()}

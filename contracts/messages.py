@@ -203,6 +203,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     target_revision: str
     tokenizer_hash: str
     parent: str | None = None
+    #: "refreshed": the tokens that it can propose were chosen anew; it begins a lineage.  Else they are its parent's.
+    vocabulary: Literal["kept", "refreshed"] = "kept"
     #: Offsets the weights have been trained through.
     offsets: Offsets = {}
     tokens_trained: int = 0

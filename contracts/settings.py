@@ -275,6 +275,10 @@ class Trainer(_Section, frozen=True, kw_only=True):
     publish_gain: float = 0.03
     publish_least_s: float = 10.0
     publish_every_s: float = 30.0
+    #: Share of the target's probability on tokens that the drafter cannot propose (``engine.draft_vocab``), over which,
+    #: for ``excluded_steps`` steps on end, the trainer warns: see `livedraft drafts refresh-vocabulary`.
+    excluded_limit: float = 0.05
+    excluded_steps: int = 500
     #: Growth of the accept length per 100 steps below which there is nothing to gain: after three times in a row it
     #: learns from each new trace once only, until acceptance falls or grows again.  Below -1 it never rests.
     rest_gain: float = 0.005

@@ -10,14 +10,16 @@ from livedraft.swap.swapper import Swapper
 def promote(swapper: Swapper, version: str) -> Decision:
     """Swap to a registered version.
 
-    Raises NotFound for an unknown version, DrafterRejected when it is not fit for the engine, SwapFailed when it is
-    live already or the engine does not confirm, RegistryUnavailable.
+    One that the engine was started with, instead of what was decided before, is only written down: from then on it is
+    what is intended.  Raises NotFound for an unknown version, DrafterRejected when it is not fit for the engine,
+    SwapFailed when it is live already or the engine does not confirm, RegistryUnavailable.
     """
     with swapper.journal.alone():
         status = swapper.settle()
         live = swapper.inform(status)
         wanted = swapper.registry.get(version)
-        if wanted.checksum == status.drafter_checksum:
+        held = wanted.checksum == status.drafter_checksum
+        if held and swapper.journal.served in (None, version):
             raise SwapFailed(f"version {version} is live already")
         folder = swapper.fetch(wanted, status)[0]
         decision = Decision(
@@ -27,7 +29,10 @@ def promote(swapper: Swapper, version: str) -> Decision:
             live=live.version if live else None,
             at=swapper.clock(),
         )
-        decision = swapper.exchange(folder, version, decision)
+        if held:
+            swapper.journal.append(decision)
+        else:
+            decision = swapper.exchange(folder, version, decision)
         swapper.inform(swapper.settle())
         return decision
 

@@ -9,10 +9,11 @@ Killed at any point and started again, it finds one version live: the one the en
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from pathlib import Path
 
-from livedraft.contracts import settings
+from livedraft.contracts import checkpoint, settings
 from livedraft.contracts.errors import DrafterRejected, LivedraftError, SwapFailed
 from livedraft.contracts.messages import Decision, DrafterVersion, EngineStatus, Manifest, ReplayScore, Trace
 from livedraft.contracts.ports import Replay
@@ -23,6 +24,12 @@ from livedraft.swap.swapper import Swapper
 from msgspec.structs import replace
 
 log = logging.getLogger(__name__)
+
+#: Alias of the latest candidate whose draft vocabulary was chosen anew: the trainer, which goes on with the live one's
+#: until then, moves ``candidate`` every few seconds.
+REFRESHED = "refreshed"
+#: Seconds between two looks at it: it moves by hand, and an idle turn should ask the registry one thing.
+LOOK_S = 10.0
 
 
 class Controller:
@@ -56,7 +63,9 @@ class Controller:
         self._baseline = baseline
         self._meter = watch.Meter(settings.watch_rounds)
         self._drift = DriftByDomain()
-        self._undecided: tuple[str, ...] | None = None
+        #: Candidate's folder -> the traces that did not suffice to decide on it.
+        self._undecided: dict[str, tuple[str, ...]] = {}
+        self._looked_at = -math.inf
         self._complaint = ""
 
     def run(self, stop: threading.Event) -> None:
@@ -109,27 +118,36 @@ class Controller:
         return verdict
 
     def _consider(self, live: DrafterVersion, status: EngineStatus, stop: threading.Event) -> Decision | None:
-        """Judge the candidate, if there is a new one, and swap to it if it is better."""
-        candidate = self._swapper.registry.resolve("candidate")
-        if candidate is None or candidate.checksum == live.checksum or self._journal.judged(candidate.version):
-            return None
-        live_folder, config, _ = self._swapper.fetch(live, status)
+        """Judge the new candidates, if there are any, and swap to the first that is better."""
+        aliases = ["candidate"]
+        if (now := self._swapper.clock()) - self._looked_at >= LOOK_S:
+            aliases, self._looked_at = [REFRESHED, "candidate"], now
+        for alias in aliases:
+            candidate = self._swapper.registry.resolve(alias)
+            if candidate is None or candidate.checksum == live.checksum or self._journal.judged(candidate.version):
+                continue
+            if decision := self._decide(candidate, live, status, stop):
+                return decision
+        return None
+
+    def _decide(
+        self, candidate: DrafterVersion, live: DrafterVersion, status: EngineStatus, stop: threading.Event
+    ) -> Decision | None:
+        """The decision on one candidate, carried out; None while it has to wait."""
+        live_folder, config, lived = self._swapper.fetch(live, status)
+        verdict = Decision(action="reject", reason="", candidate=candidate.version, live=live.version)
         try:
             folder, _, manifest = self._swapper.fetch(candidate, status, like=config)
-            verdict = self._judge(folder, manifest, live_folder, status, stop)
-            verdict = replace(verdict, candidate=candidate.version, live=live.version, at=self._swapper.clock())
-            if verdict.action == "wait":
+            _require_lineage(manifest, lived)
+            judged = self._judge(folder, manifest, live_folder, status, stop)
+            if judged.action == "wait":
                 return None
+            verdict = replace(judged, candidate=candidate.version, live=live.version, at=self._swapper.clock())
             if verdict.action == "promote":
                 return self._swapper.exchange(folder, candidate.version, self._with_start(verdict))
         except DrafterRejected as error:
-            verdict = Decision(
-                action="reject",
-                reason=str(error),
-                candidate=candidate.version,
-                live=live.version,
-                at=self._swapper.clock(),
-            )
+            better = f"better ({verdict.reason}), but " if verdict.action == "promote" else ""
+            verdict = replace(verdict, action="reject", reason=f"{better}{error}", at=self._swapper.clock())
         self._journal.append(verdict)
         self._swapper.tidy(keep={live.version, self._journal.predecessor(live.version) or live.version})
         return verdict
@@ -142,7 +160,7 @@ class Controller:
         traces = self._evidence.recent(status, manifest.offsets, since)
         asked = (str(folder), *(t.trace_id for t in traces))
         wait = Decision(action="wait", reason=f"{len(traces)} traces")
-        if len(traces) < self._rules.min_traces or asked == self._undecided:
+        if len(traces) < self._rules.min_traces or asked == self._undecided.get(str(folder)):
             return wait
         candidate = self._replay.score(folder, traces)
         if stop.is_set():
@@ -152,7 +170,10 @@ class Controller:
         today = mix(self._evidence.today(status))
         rules = replace(self._rules, cost=gate.measured(status, self._rules.cost))
         verdict = gate.judge(candidate, live, rules, baseline=baseline, mix=today)
-        self._undecided = asked
+        self._undecided.pop(str(folder), None)
+        self._undecided[str(folder)] = asked
+        while len(self._undecided) > 2:  # one for each alias
+            self._undecided.pop(next(iter(self._undecided)))
         return replace(verdict, evidence=verdict.evidence | {"drifted_domains": float(len(self._drift.domains))})
 
     def _score_served(self, folder: Path, traces: list[Trace]) -> list[ReplayScore]:
@@ -176,3 +197,13 @@ class Controller:
             "served_at_swap": float(status.rounds),
         }
         return replace(promotion, evidence=promotion.evidence | start)
+
+
+def _require_lineage(candidate: Manifest, live: Manifest) -> None:
+    """Only a version that begins a lineage may change the draft vocabulary: others were overtaken by one that did."""
+    ours, theirs = checkpoint.lineage(candidate.tensors), checkpoint.lineage(live.tensors)
+    if ours != theirs and candidate.vocabulary == "kept":
+        raise DrafterRejected(
+            f"tensor d2t: the draft vocabulary is not the live drafter's (lineage {ours}, not {theirs});"
+            " `livedraft drafts refresh-vocabulary` begins another"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from livedraft.contracts.checkpoint import lineage
 from livedraft.contracts.messages import Manifest
 
 
@@ -15,5 +16,7 @@ def lineage_tags(manifest: Manifest) -> dict[str, str]:
         "tokenizer_hash": manifest.tokenizer_hash,
         "tokens_trained": str(manifest.tokens_trained),
         "steps": str(manifest.steps),
+        "lineage": lineage(manifest.tensors),
+        "vocabulary": manifest.vocabulary,
         "offsets": json.dumps(manifest.offsets, sort_keys=True),
     }

@@ -54,6 +54,9 @@ class LearnerState(Record, frozen=True, kw_only=True):
     #: Running mean over steps; root mean square of the first batch's features.
     accept_length: float
     feature_rms: float
+    #: Running mean of ``Step.excluded``, and for how many steps it has been above the limit.
+    excluded: float = 0.0
+    excluded_for: int = 0
     #: Deliveries by what became of them.
     counts: dict[str, int]
     known: tuple[str, ...]
@@ -73,6 +76,7 @@ class Step:
     #: Of the batch, from the overlap of drafter and target at each depth.
     accept_length: float
     tokens: int
+    #: Mean probability of the target on tokens that the drafter cannot propose.
     excluded: float
 
 
@@ -123,6 +127,8 @@ class Learner:
         self.pace = Pace()
         self._accept_length = 1.0
         self._feature_rms = 0.0
+        self.excluded = 0.0
+        self._excluded_for = 0
         self._objective = Objective(
             unroll=settings.unroll,
             decay=settings.decay,
@@ -179,11 +185,23 @@ class Learner:
             self._accept_length += 0.05 * (found.accept_length - self._accept_length)
         else:  # one batch that overflows must not cost all that was learned
             self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1
+        self._watch_vocabulary(batch.excluded)
         self._keep_pace(traces[: self._replay.new], found)
         self._owed = max(self._owed - 1, 0.0)
         self.steps += 1
         self.tokens += batch.tokens
         return Step(float(found.total.detach()), found.accept_length, batch.tokens, batch.excluded)
+
+    def _watch_vocabulary(self, excluded: float) -> None:
+        self.excluded += 0.02 * (excluded - self.excluded)
+        self._excluded_for = self._excluded_for + 1 if self.excluded > self._settings.excluded_limit else 0
+        if self._excluded_for == self._settings.excluded_steps:
+            _log.warning(
+                "%.1f %% of what the target says are tokens that this drafter cannot propose, for %d steps:"
+                " `livedraft drafts refresh-vocabulary` chooses them anew",
+                100 * self.excluded,
+                self._excluded_for,
+            )
 
     def _keep_pace(self, new: Sequence[Trace], found: Loss) -> None:
         drifts = self.pace.drifts
@@ -210,6 +228,8 @@ class Learner:
             owed=self._owed,
             accept_length=self._accept_length,
             feature_rms=self._feature_rms,
+            excluded=self.excluded,
+            excluded_for=self._excluded_for,
             counts=dict(self.counts),
             known=tuple(self._known),
             versions=tuple(self._versions),
@@ -220,10 +240,18 @@ class Learner:
         return plain, tensors, list(self._replay)
 
     def restore(self, plain: LearnerState, tensors: dict[str, Tensor], traces: dict[str, Trace]) -> None:
-        """Become what ``state`` was taken of."""
-        self.drafter.load_state_dict(_below("drafter/", tensors))
-        self._optimizer.restore(_below("optimizer/", tensors))
-        self._average.restore(_below("average/", tensors))
+        """Become what ``state`` was taken of.
+
+        Of a learner with another draft vocabulary only what it has read and keeps is taken over: its weights are of
+        another lineage, and the one that this learner was made for goes on from the drafter that it was given.
+        """
+        if torch.equal(tensors["drafter/d2t"], self.drafter.d2t):
+            self.drafter.load_state_dict(_below("drafter/", tensors))
+            self._optimizer.restore(_below("optimizer/", tensors))
+            self._average.restore(_below("average/", tensors))
+            self.excluded, self._excluded_for = plain.excluded, plain.excluded_for
+        else:
+            _log.info("the draft vocabulary is another one now: going on from the live drafter's weights")
         self._accept_length, self._feature_rms = plain.accept_length, plain.feature_rms
         self.offsets = dict(plain.offsets)
         self.steps, self.tokens, self._owed = plain.steps, plain.tokens, plain.owed

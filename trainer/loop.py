@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from livedraft.contracts import checkpoint
 from livedraft.contracts.messages import Offsets, Record
 from livedraft.contracts.ports import Registry, TraceSource
 from livedraft.contracts.settings import Trainer as Settings
@@ -43,6 +44,8 @@ class Progress(Record, frozen=True, kw_only=True):
     mode: str = "steady"
     reason: str = ""
     drifts: int = 0
+    #: Running mean of the target's probability on tokens that the drafter cannot propose.
+    excluded: float = 0.0
 
 
 def run(
@@ -58,7 +61,8 @@ def run(
     """Learn from ``source`` until ``stop`` is set; then checkpoint and return.
 
     ``parent`` is the registry version that ``learner`` starts from.  ``until_drained`` also returns once the
-    stream has nothing more and all of it is learned.  Lowers this process's priority and sets its threads.
+    stream has nothing more and all of it is learned.  So does a live version with another draft vocabulary: whoever
+    called goes on with that one.  Lowers this process's priority and sets its threads.
     """
     _lower_priority(settings)
     folder = Path(settings.folder)
@@ -72,7 +76,8 @@ def run(
 
     source.on_release(save)
     source.seek(learner.offsets)
-    publisher = Publisher(registry, folder / "candidates", parent=parent)
+    lineage = checkpoint.lineage(checkpoint.hash_tensors({"d2t": learner.drafter.d2t.numpy()}))
+    publisher = Publisher(registry, folder / "candidates", parent=parent, lineage=lineage)
     report = _Report(folder / "progress.json", learner, source, publisher)
     candidates = Candidates(
         gain=settings.publish_gain,
@@ -82,7 +87,7 @@ def run(
     )
     checkpoint_due = _Every(settings.checkpoint_every_s)
     published_at = 0  # what an earlier start learned is offered again: a registry knows weights it has
-    while not stop.is_set():
+    while not (stop.is_set() or publisher.outlived):
         heard = _hear(learner, source)
         if learner.can_learn:
             report.last = learner.step()
@@ -99,7 +104,7 @@ def run(
             save()
         report()
     save()
-    if learner.steps > published_at:
+    if learner.steps > published_at and not publisher.outlived:
         publisher.offer(learner, report.metrics)
     publisher.close()
     report(now=True)
@@ -162,6 +167,7 @@ class _Report:
             mode=learner.pace.mode,
             reason=learner.pace.reason,
             drifts=learner.pace.drifts,
+            excluded=learner.excluded,
         )
         half = self._path.with_suffix(".half")
         half.write_bytes(msgspec.json.encode(progress))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -23,13 +24,28 @@ class Publisher:
     publisher.offer(learner, metrics)     # writes the folder, returns at once
     ...
     publisher.close()                     # a last try for what waits
+
+    ``lineage`` is that of the drafter that learns.  Once the live version is of another one, ``outlived`` is true: what
+    is learned here would not be served.
     """
 
-    def __init__(self, registry: Registry, folder: Path, *, parent: str | None = None, retry_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        folder: Path,
+        *,
+        parent: str | None = None,
+        lineage: str = "",
+        retry_s: float = 5.0,
+        look_s: float = 5.0,
+    ) -> None:
         self._registry = registry
         self._folder = folder
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier start; its weights live in the checkpoint
         self._retry_s = retry_s
+        self._look_s = look_s
+        self._lineage = lineage
+        self.outlived = False
         self._waiting: tuple[Path, Manifest, dict[str, float]] | None = None
         self._closing = False
         self._changed = threading.Condition()
@@ -78,14 +94,27 @@ class Publisher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
+                self._changed.wait_for(lambda: self._waiting or self._closing, self._look_s)
                 job = self._waiting
-            if job is None:
+            if job is None and self._closing:
                 return
+            self._look()
+            if self.outlived:
+                with self._changed:
+                    self._waiting = job = None
+            if job is None:
+                continue
             if not self._publish(*job):
                 with self._changed:
                     if self._changed.wait_for(lambda: self._closing, self._retry_s):
                         return
+
+    def _look(self) -> None:
+        """Whether what is live is still what we learn for; a registry that is away is asked again later."""
+        with contextlib.suppress(RegistryUnavailable):
+            live = self._registry.resolve("live")
+            known = live.tags.get("lineage") if live else None
+            self.outlived = bool(known and self._lineage and known != self._lineage)
 
     def _publish(self, place: Path, manifest: Manifest, metrics: dict[str, float]) -> bool:
         try:

@@ -139,6 +139,8 @@ class FakeReplay:
 
     def __init__(self, accept_length: dict[str, float]) -> None:
         self.accept_length = accept_length
+        #: By version: by what share traces differ, up and down in turn.
+        self.scatter: dict[str, float] = {}
         self.asked: list[tuple[str, list[str]]] = []
 
     def score(self, folder: Path, traces: Sequence[Trace]) -> list[ReplayScore]:
@@ -149,7 +151,7 @@ class FakeReplay:
                 domain=t.domain,
                 temperature=1.0,
                 tokens=20.0,
-                rounds=20.0 / self.accept_length[folder.name],
+                rounds=20.0 / self.accept_length[folder.name] * (1 + (-1) ** i * self.scatter.get(folder.name, 0.0)),
             )
-            for t in traces
+            for i, t in enumerate(traces)
         ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
-from livedraft.contracts import settings
+from livedraft.contracts import checkpoint, settings
 from livedraft.contracts.errors import NotFound, RegistryUnavailable, SwapFailed
 from livedraft.contracts.messages import Decision, Offsets
 from livedraft.swap import by_hand
-from livedraft.swap.controller import Controller
+from livedraft.swap.controller import LOOK_S, REFRESHED, Controller
 from livedraft.swap.evidence import Evidence
 from livedraft.swap.gate import GateRules
 from livedraft.swap.memory_registry import MemoryRegistry
@@ -71,6 +72,19 @@ class World:
         version = self.memory.publish(folder, manifest, {}).version
         self.memory.point("candidate", version)
         self.replay.accept_length[version] = accept_length
+        return version
+
+    def refresh(self, seed: int, accept_length: float, vocabulary: Literal["kept", "refreshed"] = "refreshed") -> str:
+        """A candidate that can propose other tokens than day 0's."""
+        folder = self.tmp_path / f"refreshed{seed}"
+        tensors = drafts.tensors(seed)
+        tensors |= {"d2t": np.zeros(10, "<i8"), "t2d": np.arange(16) < 10}
+        about = replace(drafts.MANIFEST, parent="1", vocabulary=vocabulary)
+        manifest = checkpoint.write(folder, drafts.CONFIG, tensors, about)
+        version = self.memory.publish(folder, manifest, {}).version
+        self.memory.point(REFRESHED if vocabulary == "refreshed" else "candidate", version)
+        self.replay.accept_length[version] = accept_length
+        self.now += LOOK_S
         return version
 
     def traffic(self, count: int = 8, **fields: Any) -> None:
@@ -391,3 +405,86 @@ def test_the_loop_outlives_its_neighbours_and_stops_when_told(world: World, capl
     assert not loop.is_alive()
     assert world.alias("live") == "1"
     assert [r.getMessage() for r in caplog.records] == ["SwapFailed: the engine does not answer"]
+
+
+def test_another_vocabulary_is_judged_beside_the_trainers_candidates(world: World) -> None:
+    world.traffic()
+    world.tick()
+    refreshed = world.refresh(1, 3.0)
+    for seed in (2, 3):  # the trainer, which goes on meanwhile
+        world.publish(seed, 2.5)
+    promoted = world.tick()
+    assert promoted is not None
+    assert (promoted.action, promoted.candidate) == ("promote", refreshed)
+    assert world.alias("live") == refreshed
+    world.engine.serve(100, 3.0)
+    kept = world.tick()
+    assert kept is not None
+    assert kept.action == "keep"
+    # What the trainer learned of the old lineage would take the vocabulary back.
+    overtaken = world.tick()
+    assert overtaken is not None
+    assert (overtaken.action, overtaken.candidate) == ("reject", world.alias("candidate"))
+    assert "lineage" in overtaken.reason
+    assert world.tick() is None
+
+
+def test_while_another_vocabulary_waits_for_evidence_others_do_not(world: World) -> None:
+    world.settings = replace(world.settings, gate_traces=64)
+    world.start()
+    world.traffic(16)
+    world.tick()
+    world.controller._rules = replace(world.controller._rules, max_error=0.01, enough_traces=64)
+    refreshed = world.refresh(1, 3.0)
+    world.replay.scatter[refreshed] = 0.9
+    version = world.publish(2, 2.5)
+    promoted = world.tick()
+    assert promoted is not None
+    assert (promoted.action, promoted.candidate) == ("promote", version)
+    assert refreshed in {name for name, _ in world.replay.asked}
+
+
+def test_only_a_refreshed_vocabulary_may_be_another_one(world: World) -> None:
+    world.traffic()
+    world.tick()
+    version = world.refresh(1, 3.0, "kept")
+    rejected = world.tick()
+    assert rejected is not None
+    assert (rejected.action, rejected.candidate) == ("reject", version)
+    assert "refresh-vocabulary" in rejected.reason
+    assert world.engine.history == ["1"]
+
+
+def test_an_engine_that_cannot_take_it_is_told_of_with_what_would_be_gained(world: World) -> None:
+    """As SGLang, which keeps the token map that it started with."""
+    world.traffic()
+    world.tick()
+    version = world.refresh(1, 3.0)
+    world.engine.refuses.add(version)
+    rejected = world.tick()
+    assert rejected is not None
+    assert (rejected.action, rejected.candidate) == ("reject", version)
+    assert "better" in rejected.reason
+    assert "not for me" in rejected.reason
+    assert rejected.evidence["ratio"] > 1
+    assert world.tick() is None
+    # Started again from its folder, it drafts with it, and the registry follows.
+    world.engine.restart(world.tmp_path / "refreshed1", "someone's")
+    world.tick()
+    assert world.alias("live") == version
+    with pytest.raises(SwapFailed, match="live already"):
+        by_hand.promote(world.swapper, version)
+
+
+def test_what_an_engine_was_started_with_instead_of_what_was_decided_can_be_written_down(world: World) -> None:
+    world.tick()
+    decided = world.publish(2, 2.5)
+    by_hand.promote(world.swapper, decided)
+    version = world.refresh(1, 3.0)
+    world.engine.restart(world.tmp_path / "refreshed1", "someone's")
+    world.tick()
+    assert (world.alias("live"), world.swapper.journal.served) == (version, decided)
+    written = by_hand.promote(world.swapper, version)
+    assert (written.action, written.candidate) == ("promote", version)
+    assert (world.alias("live"), world.swapper.journal.served) == (version, version)
+    assert world.engine.history == ["1", decided]

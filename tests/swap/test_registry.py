@@ -52,6 +52,8 @@ def test_a_published_version_keeps_its_lineage(registry: Registry, tmp_path: Pat
         "tokenizer_hash": "tok",
         "tokens_trained": "900",
         "steps": "3",
+        "lineage": checkpoint.lineage(manifest.tensors),
+        "vocabulary": "kept",
         "offsets": '{"0": 7}',
     }
     assert registry.versions() == [second, first]

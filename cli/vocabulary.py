@@ -1,0 +1,181 @@
+"""``livedraft drafts refresh-vocabulary``: the tokens that the drafter can propose, chosen anew from recent traffic."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from livedraft.cli.console import ConfigOption, output, progress_output, settings_from
+from livedraft.contracts.errors import NotFound, SettingsError
+from livedraft.contracts.messages import Manifest, Offsets, Trace
+from livedraft.contracts.settings import Settings
+from msgspec.structs import replace
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Fewer traces than this say little about thousands of tokens.
+_LEAST_TRACES = 8
+
+
+class _Counted(NamedTuple):
+    """What recent traffic says: expected counts by token, of how many traces, read up to where."""
+
+    counts: np.ndarray
+    traces: int
+    offsets: Offsets
+
+
+def refresh(
+    version: Annotated[str, typer.Argument(metavar="VERSION|ALIAS", help="The drafter to go on from.")] = "live",
+    config: ConfigOption = None,
+    records: Annotated[
+        int, typer.Option("--records", min=1, metavar="N", help="Count the newest so many records of each partition.")
+    ] = 20_000,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", show_default=False, help="Default: below trainer.folder, by lineage."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be gained.")] = False,
+) -> None:
+    """Choose the tokens that the drafter can propose anew, as often as the target says them in recent traces.
+
+    Where traffic has moved to other words than those of `drafts init --text`, the drafter loses every round at them:
+    livedraft_trainer_excluded_share tells how often. This makes a candidate with as many tokens as before, the most
+    frequent ones of now. Tokens that stay keep their rows of the head, new ones take the target's; the rest of the
+    weights is the old drafter's. It begins a lineage: what is trained from it has its tokens.
+
+    The gate judges it like any other candidate, and the embedded engine takes it between two steps; the trainer then
+    goes on from it. SGLang keeps the tokens that it started with: it must be started again, from the folder written
+    here (see the runbook).
+
+    Requests held out for the gate are not counted.
+
+    Example: livedraft drafts refresh-vocabulary --dry-run
+    """
+    import numpy as np
+    from livedraft.cli.drafts import find
+    from livedraft.cli.wiring_registry import open_registry
+    from livedraft.contracts import checkpoint
+    from livedraft.serving.local import place
+    from livedraft.swap.controller import REFRESHED
+    from livedraft.trainer.target import end_tokens, read_target
+    from livedraft.trainer.vocabulary import most_frequent, with_vocabulary
+
+    settings = settings_from(config)
+    if out is not None:
+        _require_free(out)
+    registry = open_registry(settings.registry)
+    with _bar() as bar:
+        task = bar.add_task("asking the registry", total=None)
+        parent = find(registry, version).version
+        folder_of_target = place.find(settings.engine.target)
+        with tempfile.TemporaryDirectory(prefix="livedraft-") as scratch:
+            folder = registry.fetch(parent, Path(scratch))
+            shapes, manifest = checkpoint.verify(folder, target_revision=place.revision(folder_of_target))
+            tensors = checkpoint.load(folder)
+        if shapes.draft_vocab_size == shapes.vocab_size:
+            raise SettingsError(
+                f"version {parent} can propose all {shapes.vocab_size:,} tokens; nothing is to be chosen"
+            )
+        bar.remove_task(task)
+        counted = _count(settings, manifest, shapes.vocab_size, records, bar)
+        before = tensors["d2t"] + np.arange(shapes.draft_vocab_size)
+        kept = most_frequent(counted.counts, shapes.draft_vocab_size, end_tokens(folder_of_target), before)
+        covered = [float(counted.counts[ids].sum() / counted.counts.sum()) for ids in (before, kept)]
+        new = len(np.setdiff1d(kept, before))
+        output().print(
+            f"{counted.traces:,} traces: version {parent} can propose {covered[0]:.1%} of what the target says, "
+            f"{covered[1]:.1%} with {new:,} of {len(kept):,} tokens exchanged"
+        )
+        if dry_run or not new:
+            output().print("nothing written" if new else "they are the most frequent ones already; nothing written")
+            return
+        bar.add_task("writing the drafter", total=None)
+        refreshed = with_vocabulary(tensors, kept, read_target(folder_of_target).head.numpy())
+        hashes = checkpoint.hash_tensors(refreshed)
+        lineage = checkpoint.lineage(hashes)
+        place_of_it = (out or Path(settings.trainer.folder) / f"vocabulary-{lineage}").resolve()
+        about = replace(
+            manifest,
+            tensors={},
+            parent=parent,
+            vocabulary="refreshed",
+            # Its words were chosen by these traces, so they are no fair test of it.
+            offsets={
+                name: max(manifest.offsets.get(name, 0), counted.offsets.get(name, 0))
+                for name in manifest.offsets.keys() | counted.offsets.keys()
+            },
+            created_at=time.time(),
+        )
+        _require_free(place_of_it)
+        half = Path(tempfile.mkdtemp(prefix=f".{place_of_it.name}-", dir=_made(place_of_it.parent))) / "drafter"
+        try:
+            written = checkpoint.write(half, shapes, refreshed, about)
+            measured = {"covered_before": covered[0], "covered_after": covered[1], "tokens_exchanged": float(new)}
+            published = registry.publish(half, written, measured).version
+            registry.point(REFRESHED, published)
+            half.rename(place_of_it)
+        finally:
+            shutil.rmtree(half.parent, ignore_errors=True)
+    output().print(f"registered as version {published}, lineage {lineage}, for the gate to judge", style="green")
+    output().print(f"SGLang must be started again for it: --speculative-draft-model-path {place_of_it}", style="dim")
+
+
+def _count(settings: Settings, manifest: Manifest, vocab_size: int, records: int, bar: Progress) -> _Counted:
+    """Raises NotFound where the stream holds too few traces of the manifest's target."""
+    import numpy as np
+    from livedraft.cli.stream_view import holdings, view
+    from livedraft.traces.admission import held_out
+    from livedraft.trainer.vocabulary import expected_counts
+
+    held = holdings(settings, None, offsets=False)
+    begin = {name: max(bounds.oldest, bounds.end - records) for name, bounds in held.items()}
+    task = bar.add_task("counting tokens", total=sum(held[name].end - first for name, first in begin.items()))
+    counts, seen, offsets = np.zeros(vocab_size), 0, dict(begin)
+    for name, first in begin.items():
+        for delivery in view(settings).read({name: first}):
+            if delivery.offset >= held[name].end:
+                break
+            offsets[name] = delivery.offset + 1
+            bar.update(task, completed=sum(offsets[n] - begin[n] for n in begin))
+            trace = delivery.item
+            if not isinstance(trace, Trace) or held_out(trace.request_id, settings.traces.held_out):
+                continue
+            if _is_of(manifest, trace) and _knows(trace, vocab_size):
+                counts += expected_counts(trace, vocab_size)
+                seen += 1
+    bar.remove_task(task)
+    if seen < _LEAST_TRACES:
+        raise NotFound(f"{settings.traces.url}: {seen} traces of {manifest.target} to count, expected {_LEAST_TRACES}")
+    return _Counted(counts, seen, offsets)
+
+
+def _is_of(manifest: Manifest, trace: Trace) -> bool:
+    return (trace.target_revision, trace.tokenizer_hash) == (manifest.target_revision, manifest.tokenizer_hash)
+
+
+def _knows(trace: Trace, vocab_size: int) -> bool:
+    from livedraft.traces.arrays import to_numpy
+
+    return all(int(to_numpy(a).max(initial=0)) < vocab_size for a in (trace.output, trace.rounds.top_ids))
+
+
+def _require_free(folder: Path) -> None:
+    if folder.exists():
+        raise SettingsError(f"--out: {folder} exists; drafters are never written over")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=progress_output(), transient=True)
