@@ -1,7 +1,7 @@
 """Settings: typed, frozen, one TOML file for the whole system.
 
-``load`` reads the file, then applies ``LIVEDRAFT_SECTION__KEY=value`` from the environment.  Unknown keys are
-errors: a setting that is silently ignored is a bug that takes a day to find.
+``load`` reads the file, then applies ``LIVEDRAFT_SECTION__KEY=value`` from the environment, where a list is its entries
+by commas.  Unknown keys are errors: a setting that is silently ignored is a bug that takes a day to find.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import msgspec
 from livedraft.contracts.engines import EngineAddress, parse
@@ -97,6 +97,10 @@ class Gateway(_Section, frozen=True, kw_only=True):
     drain_s: float = 10.0
 
 
+#: A name as files of keys have it.  Any other would silently opt nobody out.
+Tenant = Annotated[str, msgspec.Meta(pattern=r"^[^\s,]+$")]
+
+
 class Traces(_Section, frozen=True, kw_only=True):
     """The trace stream."""
 
@@ -123,8 +127,9 @@ class Traces(_Section, frozen=True, kw_only=True):
     held_out: float = 0.1
     #: "secrets" drops traces whose text holds what looks like an e-mail address, a key or a card number.
     redact: Literal["nothing", "secrets"] = "nothing"
-    #: Tenants never captured.
-    opted_out: tuple[str, ...] = ()
+    #: Tenants never captured; in the environment LIVEDRAFT_TRACES__OPTED_OUT=acme,other.  Engines and gateway each keep
+    #: to their own list.
+    opted_out: tuple[Tenant, ...] = ()
 
 
 class Kafka(_Section, frozen=True, kw_only=True):
@@ -380,9 +385,30 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     for name, value in (os.environ if environ is None else environ).items():
         if name.startswith("LIVEDRAFT_") and "__" in name:
             section, _, key = name.removeprefix("LIVEDRAFT_").lower().partition("__")
-            raw.setdefault(section, {})[key] = value
+            raw.setdefault(section, {})[key] = _read_variable(name, value, section, key)
     try:
         # Not strict: the environment has only strings.
         return msgspec.convert(raw, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(f"{path or 'environment'}: {error}") from error
+
+
+def _read_variable(name: str, value: str, section: str, key: str) -> Any:
+    """The value of ``section.key``, of the type it has there.  Raises SettingsError naming the variable."""
+    sections = _types(Settings)
+    known = _types(sections[section]) if section in sections else {}
+    if key not in known:
+        raise SettingsError(f"{name}: there is no setting {section}.{key}")
+    listed = get_origin(known[key]) is tuple
+    if listed and value.lstrip().startswith("["):
+        raise SettingsError(f"{name}: {value!r}, expected entries separated by commas, without brackets")
+    entries = [entry.strip() for entry in value.split(",")] if value.strip() else []
+    try:
+        return msgspec.convert(entries if listed else value, known[key], strict=False)
+    except msgspec.ValidationError as error:
+        expected = ", expected entries separated by commas" if listed else ""
+        raise SettingsError(f"{name}: {value!r}{expected}: {error}") from error
+
+
+def _types(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(struct)}

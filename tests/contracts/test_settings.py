@@ -21,12 +21,47 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "tenants"),
+    [("acme", ("acme",)), ("acme, Übersee-2 ,x:y", ("acme", "Übersee-2", "x:y")), ("", ()), (" ", ())],
+)
+def test_the_environment_lists_by_commas(value: str, tenants: tuple[str, ...]) -> None:
+    assert load(None, {"LIVEDRAFT_TRACES__OPTED_OUT": value}).traces.opted_out == tenants
+
+
+def test_a_list_in_the_environment_replaces_the_file_s(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[traces]\nopted_out = ["acme"]\n[trainer]\nbetas = [0.5, 0.5]\n')
+    environ = {"LIVEDRAFT_TRACES__OPTED_OUT": "other", "LIVEDRAFT_TRAINER__BETAS": "0.8, 0.9"}
+    settings = load(path, environ)
+    assert settings.traces.opted_out == ("other",)
+    assert settings.trainer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("LIVEDRAFT_TRACES__OPTED_OUT", "acme,,other", r"'acme,,other', expected entries .* by commas: .*\$\[1\]"),
+        ("LIVEDRAFT_TRACES__OPTED_OUT", "acme;two words", r"'acme;two words', expected entries separated by commas"),
+        ("LIVEDRAFT_TRACES__OPTED_OUT", '["acme"]', "separated by commas, without brackets"),
+        ("LIVEDRAFT_TRACES__OPTED_OUTS", "acme", "there is no setting traces.opted_outs"),
+        ("LIVEDRAFT_TRACE__OPTED_OUT", "acme", "there is no setting trace.opted_out"),
+        ("LIVEDRAFT_ENGINE__THREADS", "many", "'many': Expected `int`"),
+        ("LIVEDRAFT_TRAINER__BETAS", "0.9", "expected entries separated by commas: .*length 2"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_name(name: str, value: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name}: .*{said}"):
+        load(None, {name: value})
+
+
+@pytest.mark.parametrize(
     ("text", "named"),
     [
         ("[engine]\nthread = 1\n", "thread"),
         ('[engine]\nthreads = "many"\n', "threads"),
         ("[engine\n", "a.toml"),
         ('[traces]\nfsync = "often"\n', "fsync"),
+        ('[traces]\nopted_out = ["two words"]\n', "opted_out"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:

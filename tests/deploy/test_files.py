@@ -113,7 +113,10 @@ def test_addresses_in_the_settings_are_services_that_listen(composed: dict[str, 
 
 def settings_of(composed: dict[str, Any], name: str) -> Settings:
     """The settings of a service's process: the file, and the service's environment."""
-    return load(ROOT / "configs" / "compose.toml", composed["services"][name]["environment"])
+    said = composed["services"][name]["environment"]
+    # YAML makes numbers and nothings of what to Compose are strings.
+    environment = {key: "" if value is None else str(value) for key, value in said.items()}
+    return load(ROOT / "configs" / "compose.toml", environment)
 
 
 def option(composed: dict[str, Any], name: str) -> str:
