@@ -63,7 +63,7 @@ def engine_admin(settings: Settings, timeout: float = 5.0) -> EngineAdmin:
     """The engine, or engines, as they are: to look at."""
     from livedraft.swap.engine_fleet import EngineFleet
 
-    engines = _engine_admins(settings, timeout)
+    engines = _engine_admins(settings, timeout, swaps=False)
     return engines[0] if len(engines) == 1 else EngineFleet(engines)
 
 
@@ -75,7 +75,7 @@ def swapper(settings: Settings, registry: Registry) -> Swapper:
     from livedraft.swap.swapper import Swapper
 
     folder = Path(settings.swap.folder).resolve()
-    engines = _engine_admins(settings)
+    engines = _engine_admins(settings, swaps=True)
     if any(engine.kind == "sglang" for engine in settings.engine.remote):
         fleet = EngineFleet(engines, lambda v: folder / "versions" / v, Intended(registry, Journal(folder)))
         return Swapper(registry, fleet, folder)
@@ -83,11 +83,35 @@ def swapper(settings: Settings, registry: Registry) -> Swapper:
     return Swapper(registry, alone, folder)
 
 
-def _engine_admins(settings: Settings, timeout: float = 5.0) -> Sequence[EngineAdmin]:
+def _engine_admins(settings: Settings, timeout: float = 5.0, *, swaps: bool) -> Sequence[EngineAdmin]:
+    from livedraft.contracts.engines import EngineAddress
     from livedraft.swap.engine_admin import HttpEngineAdmin
 
-    bases = [engine.admin for engine in settings.engine.remote] or [gateway_url(settings)]
-    return [HttpEngineAdmin(base, settings.gateway.admin_key, timeout=timeout) for base in bases]
+    gateway = settings.gateway
+
+    def reach(engine: EngineAddress) -> EngineAdmin:
+        if engine.plugin:
+            return HttpEngineAdmin(engine.admin, gateway.admin_key, timeout=timeout)
+        return sglang_admin(settings, engine.admin, timeout, swaps=swaps)
+
+    if not (engines := settings.engine.remote):
+        return [HttpEngineAdmin(gateway_url(settings), gateway.admin_key, timeout=timeout)]
+    return [reach(engine) for engine in engines]
+
+
+def sglang_admin(settings: Settings, base: str, timeout: float, *, swaps: bool) -> EngineAdmin:
+    """An SGLang without our plugin.  Raises SettingsError where what reads its target is not installed."""
+    from importlib.util import find_spec
+
+    from livedraft.serving.sglang.remote import SglangAdmin
+
+    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
+        raise SettingsError(
+            f"engine.url: ?plugin=no needs {' and '.join(missing)} in this environment: "
+            'pip install "livedraft[engine]", or the plugin in SGLang\'s'
+        )
+    keys = settings.gateway
+    return SglangAdmin(base, settings, keys.engine_key, keys.admin_key, timeout=timeout, release=swaps)
 
 
 def once_answered(ask: Callable[[], T], stop: threading.Event) -> T | None:

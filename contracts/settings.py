@@ -26,7 +26,7 @@ class Engine(_Section, frozen=True, kw_only=True):
 
     #: ``local:``, or where gateway and controller find the engines: ``http://host:port`` for `livedraft engine`,
     #: ``sglang+http://host:port[?admin=port]`` for SGLang; several separated by commas.  SGLang's plugin is
-    #: administered on the port after SGLang's, unless ``admin`` names another.
+    #: administered on the port after SGLang's, unless ``admin`` names another; ``?plugin=no`` says that it has none.
     url: str = "local:"
     #: Where `livedraft engine` keeps the drafter that it starts with while the registry is down.
     folder: str = "runs/live/engine"
@@ -83,7 +83,8 @@ class Gateway(_Section, frozen=True, kw_only=True):
     #: Key for the ``/admin`` routes; none: they answer only to the loopback interface.
     admin_key: str | None = None
     #: Secret that gateway and engines share: an engine takes the tenant from a gateway that sends it, and believes
-    #: nobody else.  SGLang's `--api-key` is the same secret.
+    #: nobody else.  SGLang's `--api-key` is the same secret; its `--admin-api-key`, where it has one and no plugin,
+    #: is ``admin_key``.
     engine_key: str | None = None
     #: Seconds between two looks at each engine.
     health_s: float = 1.0

@@ -97,7 +97,7 @@ class Replicas:
 
     async def look(self, client: httpx.AsyncClient) -> None:
         """Ask each whether it is ready, and SGLang's plugin what it drafts with."""
-        drafting = [replica for replica in self.all if replica.address.kind == "sglang"]
+        drafting = [one for one in self.all if one.address.kind == "sglang" and one.address.plugin]
         await asyncio.gather(
             *(self._ask(replica, client) for replica in self.all),
             *(self._ask_drafting(replica, client) for replica in drafting),

@@ -45,25 +45,40 @@ _LABEL = re.compile(r"livedraft:(?P<version>.*):(?P<checksum>[0-9a-f]{64})")
 class SglangAdmin:
     """An engine at ``base``, whose target and drafters lie where this process can read them too.
 
-    ``key`` is SGLang's ``--admin-api-key``, or its ``--api-key``.
+    ``key`` is SGLang's ``--api-key``, and ``admin_key`` its ``--admin-api-key``, which counts only where it has one.
+    A process that may swap, and no other swaps meanwhile, should ``release`` what one before it may hold; one that
+    merely looks must not, since it would end another's swap in the middle.
     """
 
     def __init__(
-        self, base: str, settings: Settings, key: str | None = None, *, timeout: float = 5.0, swap_timeout: float = 60.0
+        self,
+        base: str,
+        settings: Settings,
+        key: str | None = None,
+        admin_key: str | None = None,
+        *,
+        timeout: float = 5.0,
+        swap_timeout: float = 60.0,
+        release: bool = True,
     ) -> None:
         self._base = base.rstrip("/")
         self._settings = settings
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
+        self._admin_key = admin_key
+        self._released = not release
         self._timeout = timeout
         self._swap_timeout = swap_timeout
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._identity: Identity | None = None
+        #: Drafters that it started from, by folder: to hash one takes too long for every look.
+        self._first: dict[Path, tuple[str, str]] = {}
         #: SGLang's own checksum of what was swapped in, by ours.
         self._seen: dict[str, str] = {}
 
     def status(self) -> EngineStatus:
         """As ``ports.EngineAdmin``, without counters and load, which this engine does not tell."""
         info, model = self._ask("/server_info"), self._ask("/model_info")
+        self._release()
         who = self._identify(info)
         version, held = self._drafter(info, model)
         return EngineStatus(
@@ -111,25 +126,28 @@ class SglangAdmin:
         if label != "default" or not info.get("speculative_draft_model_path"):
             return "", ""
         folder = Path(info["speculative_draft_model_path"])
-        try:
-            manifest = checkpoint.verify(folder)[1]
-        except DrafterRejected:
-            return "initial", ""
-        return folder.name, checkpoint.checksum(manifest.tensors)
+        if folder not in self._first:
+            try:
+                self._first[folder] = folder.name, checkpoint.checksum(checkpoint.verify(folder)[1].tensors)
+            except DrafterRejected:
+                return "initial", ""
+        return self._first[folder]
 
     def _identify(self, info: Mapping[str, Any]) -> Identity:
         if self._identity is None:
-            self._release()
             args = SimpleNamespace(model_path=info["model_path"], tokenizer_path=info.get("tokenizer_path"))
             context = int(info.get("context_length") or info.get("max_req_input_len") or 0)
             self._identity = identify(self._settings, args, context, leads=True)
         return self._identity
 
     def _release(self) -> None:
-        """Let go of what one of us may have held when it was killed in the middle of a swap."""
+        """Let go, once, of what one of us may have held when it was killed in the middle of a swap."""
+        if self._released:
+            return
         for path in ("/end_weight_update", "/continue_generation"):
             with contextlib.suppress(SwapFailed):
                 self._ask(path, {})
+        self._released = True
 
     def _proven(self, request: SwapRequest, info: Mapping[str, Any]) -> Mapping[str, Any]:
         """The folder's tensors, fit for this engine.  Raises DrafterRejected or SwapFailed."""
@@ -212,18 +230,28 @@ class SglangAdmin:
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
         url = self._base + path
-        headers = self._headers | {"Content-Type": "application/json"}
         encoded = None if body is None else json.dumps(body).encode()
+        if encoded is not None and self._admin_key:  # what changes something wants this one, if SGLang has it at all
+            with contextlib.suppress(_Unauthorized):
+                return self._ask_with(self._admin_key, url, encoded, timeout or self._timeout)
+        return self._ask_with(self._key, url, encoded, timeout or self._timeout)
+
+    def _ask_with(self, key: str | None, url: str, body: bytes | None, timeout: float) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         try:
-            request = urllib.request.Request(url, encoded, headers)
-            with self._opener.open(request, timeout=timeout or self._timeout) as response:
+            with self._opener.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
             with error:
                 reason = error.read()[:500].decode(errors="replace")
-            raise SwapFailed(f"{url}: {error.code} {reason}") from error
+            refused = _Unauthorized if error.code == 401 else SwapFailed
+            raise refused(f"{url}: {error.code} {reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise SwapFailed(f"{url}: {error}") from error
         if not isinstance(answer, dict) or answer.get("success") is False:
             raise SwapFailed(f"{url}: {answer}")
         return answer
+
+
+class _Unauthorized(SwapFailed):
+    """Another key might do."""

@@ -24,6 +24,10 @@ def test_the_embedded_engine_has_no_address() -> None:
             "sglang+https://[fe80::1]:30000?admin=9",
             EngineAddress(base="https://[fe80::1]:30000", admin="http://[fe80::1]:9", kind="sglang"),
         ),
+        (
+            "sglang+https://e:30000?plugin=no",
+            EngineAddress(base="https://e:30000", admin="https://e:30000", kind="sglang", plugin=False),
+        ),
     ],
 )
 def test_an_engine_is_reached_and_administered(url: str, expected: EngineAddress) -> None:
@@ -51,6 +55,10 @@ def test_several_of_either_make() -> None:
         "sglang+http://e:30000?admin=99999",
         "sglang+http://e:65535",
         "sglang+http://e:30000?port=3",
+        "sglang+http://e:30000?plugin=yes",
+        "sglang+http://e:30000?plugin=no&admin=9",
+        "http://e:8000?plugin=no",
+        "sglang+http://e:30000?plugin=no,sglang+http://e:30000",
         "http://a:1,,http://b:1",
         "http://user:secret@e:8000",
         "http://e:8000,http://e:8000",
