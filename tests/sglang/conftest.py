@@ -10,6 +10,8 @@ import pytest
 from livedraft.cli.prompts import held_out_prompts
 
 from . import drafters
+from .plugged import Engine, capturing, engine
+from .relay import Relay
 from .server import Server, Speculation, serving
 
 if find_spec("sglang") is None or find_spec("sgl_kernel") is None:
@@ -42,21 +44,51 @@ def trained_drafter(fresh_drafter: Path, prompts: list[str]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def imported_drafter(trained_drafter: Path) -> Path:
+    """``trained_drafter`` as somebody else would have published it, imported."""
+    folder = trained_drafter.with_name("imported")
+    drafters.write_imported(folder, trained_drafter, trained_drafter.with_name("published"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Without speculation; the plugin, which asks for the key "secret", finds nothing to do there."""
+    with engine(tmp_path_factory.mktemp("plain"), None, key="secret") as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def plain_server(plain: Engine) -> Server:
     """Without speculation."""
-    with serving(tmp_path_factory.mktemp("plain")) as server:
+    return plain.server
+
+
+@pytest.fixture(scope="session")
+def chain_server(tmp_path_factory: pytest.TempPathFactory, imported_drafter: Path) -> Iterator[Server]:
+    """EAGLE-3 chains of 3 by the trained drafter, without the plugin; its log has what every request asked for."""
+    arguments = [*CHUNKED, "--log-requests", "--log-requests-level=1", "--enable-metrics"]
+    with serving(tmp_path_factory.mktemp("chain"), Speculation(imported_drafter), arguments=arguments) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def chain_server(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[Server]:
-    """EAGLE-3 chains of 3 by the trained drafter."""
-    with serving(tmp_path_factory.mktemp("chain"), Speculation(trained_drafter), arguments=CHUNKED) as server:
-        yield server
+def tree(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[tuple[Server, Relay]]:
+    """EAGLE-3 trees of 8 nodes by the trained drafter, captured."""
+    folder = tmp_path_factory.mktemp("tree")
+    with capturing(folder, Speculation(trained_drafter, topk=4), CHUNKED) as captured:
+        yield captured
 
 
 @pytest.fixture(scope="session")
-def tree_server(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[Server]:
+def tree_server(tree: tuple[Server, Relay]) -> Server:
     """EAGLE-3 trees of 8 nodes by the trained drafter."""
-    with serving(tmp_path_factory.mktemp("tree"), Speculation(trained_drafter, topk=4), arguments=CHUNKED) as server:
-        yield server
+    return tree[0]
+
+
+@pytest.fixture(scope="session")
+def swapping(tmp_path_factory: pytest.TempPathFactory, fresh_drafter: Path) -> Iterator[Engine]:
+    """Chains of 3 by the fresh drafter, with the plugin: whoever exchanges it puts it back."""
+    with engine(tmp_path_factory.mktemp("swapping"), Speculation(fresh_drafter)) as one:
+        one.started()
+        yield one

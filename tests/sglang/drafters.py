@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from livedraft.serving.local.place import find
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.model import Drafter
 from livedraft.trainer.target import read_target
+from safetensors.numpy import load_file, save_file
 
 _ENGINE = Engine(draft_intermediate=256)
 _TRAINER = Trainer(max_uses=1 << 20, unroll=3)
@@ -63,6 +66,24 @@ def write_trained(folder: Path, fresh: Path, prompts: Sequence[str], *, steps: i
         tokens_trained=learner.tokens,
     )
     checkpoint.write(folder, drafter.config, learner.candidate(), about)
+
+
+def write_imported(folder: Path, drafter: Path, published: Path) -> None:
+    """Write ``drafter`` as EAGLE-3 drafters are published, and what ``livedraft drafts import`` makes of that."""
+    published.mkdir()
+    tensors = load_file(drafter / "model.safetensors")
+    del tensors["t2d"]
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, published / "model.safetensors")
+    (published / "config.json").write_bytes((drafter / "config.json").read_bytes())
+    livedraft("drafts", "import", str(published), "--out", str(folder))
+
+
+def livedraft(*arguments: str) -> None:
+    """Run the command line; AssertionError with what it said when it fails."""
+    command = [sys.executable, "-m", "livedraft.cli.main", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr
 
 
 def _answers(drafter: Path, prompts: Sequence[str], tokens: int) -> list[Trace]:

@@ -175,9 +175,9 @@ def _settings(folder: Path, drafter: Path, url: str, relay: str) -> Settings:
     return Settings(
         engine=EngineSettings(url=url, drafter=str(drafter), draft_intermediate=256),
         gateway=Gateway(port=free_port(), health_s=0.3),
-        traces=Traces(url=f"spool://{folder}/traces"),
+        traces=Traces(url=f"spool://{folder}/traces", held_out=0.25),
         relay=Relay(listen=relay),
-        trainer=Trainer(folder=str(folder / "trainer"), unroll=3, publish_every_s=15, checkpoint_every_s=5),
+        trainer=Trainer(folder=str(folder / "trainer"), unroll=3, publish_every_s=10, checkpoint_every_s=5),
         swap=Swap(folder=str(folder / "swap"), watch_rounds=60, watch_requests=4, watch_timeout_s=15, poll_s=0.5),
         registry=Registry(url=f"http://127.0.0.1:{free_port()}", folder=str(folder / "mlflow"), start=False),
     )

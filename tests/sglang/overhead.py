@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .relay import Relay
-from .server import Server, Speculation, serving
+from .server import TARGET, Device, Server, Speculation, serving
 
 _TOKENS = 48
 
@@ -40,15 +41,23 @@ def main() -> None:
     json.dump(report | {"provenance": provenance()}, sys.stdout, indent=2)
 
 
-def measure(drafter: Path, *, repeats: int, topk: int = 1, console: Console | None = None) -> dict[str, Any]:
+def measure(
+    drafter: Path,
+    *,
+    repeats: int,
+    topk: int = 1,
+    target: Path = TARGET,
+    device: Device = "cpu",
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Medians, and overheads as medians of the pairs with their quartiles."""
     speculation = Speculation(drafter, topk=topk)
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
         relay = held.enter_context(contextlib.closing(Relay()))
-        where = {"LIVEDRAFT_TRACES__URL": relay.url}
-        ours = held.enter_context(serving(folder, speculation, environment=where, plugins=["livedraft"]))
-        plain = held.enter_context(serving(folder, speculation))
+        start = partial(serving, folder, speculation, target=target, device=device)
+        ours = held.enter_context(start(environment={"LIVEDRAFT_TRACES__URL": relay.url}, plugins=["livedraft"]))
+        plain = held.enter_context(start())
         kinds = {"plain": (plain, {}), "untraced": (ours, {"traced": False}), "traced": (ours, {})}
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         turns = range(-1, repeats)  # the first is for warmth

@@ -12,7 +12,8 @@ from livedraft.contracts.errors import SwapFailed
 from livedraft.contracts.messages import EngineStatus
 from livedraft.swap.engine_admin import HttpEngineAdmin
 
-from .server import TARGET, Server, Speculation, serving
+from .relay import Relay
+from .server import TARGET, Device, Server, Speculation, serving
 
 
 class Engine:
@@ -47,6 +48,7 @@ def engine(
     *,
     key: str | None = None,
     target: Path = TARGET,
+    device: Device = "cpu",
     arguments: Sequence[str] = (),
     **environment: str,
 ) -> Iterator[Engine]:
@@ -57,6 +59,25 @@ def engine(
         environment["LIVEDRAFT_GATEWAY__ADMIN_KEY"] = key
     plugins = environment.pop("plugins", "livedraft").split(",")
     with serving(
-        folder, speculation, target=target, arguments=arguments, environment=environment, plugins=plugins
+        folder,
+        speculation,
+        target=target,
+        device=device,
+        arguments=arguments,
+        environment=environment,
+        plugins=plugins,
     ) as server:
         yield Engine(server, port, key)
+
+
+@contextlib.contextmanager
+def capturing(
+    folder: Path, speculation: Speculation, arguments: Sequence[str] = (), **environment: str
+) -> Iterator[tuple[Server, Relay]]:
+    """A server with the plugin, whose traces arrive at the relay."""
+    with contextlib.closing(Relay()) as relay:
+        where = {"LIVEDRAFT_TRACES__URL": relay.url}
+        with serving(
+            folder, speculation, arguments=arguments, environment=where | environment, plugins=["livedraft"]
+        ) as server:
+            yield server, relay

@@ -1,4 +1,4 @@
-"""A real SGLang server over the bundled target, on the CPU.
+"""A real SGLang server over the bundled target, on the CPU, or for a benchmark on a GPU.
 
     with serving(folder, Speculation(drafter)) as server:
         server.generate("In the beginning", max_new_tokens=16)
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from livedraft.cli.ports import free_port
 
@@ -32,16 +32,33 @@ TARGET = Path(__file__).parents[2] / "models" / "tiny"
 SHIM = Path(__file__).parent / "shim"
 #: Seconds: alone a start takes about 20, beside other work several times that.
 _START_S = 240.0
-#: SGLang looks for the signal every 5 seconds.
-_STOP_S = 30.0
+#: SGLang looks for the signal every 5 seconds, and waits for its schedulers.
+_STOP_S = 60.0
+#: What is left of it gives semaphores back first.
+_ORPHANED_S = 0.5
 _LAST_LINES = 40
+Device = Literal["cpu", "cuda"]
 #: On processors without AMX only backends named for each phase stay what they are: `torch_native`, which SGLang
 #: sets instead, cannot speculate.
-_SPECULATING_BACKENDS = (
+_SPECULATING_ON_CPU = (
     "--prefill-attention-backend=intel_amx",
     "--decode-attention-backend=intel_amx",
     "--speculative-draft-attention-backend=intel_amx",
 )
+#: SGLang's own choices on a GPU, captured graphs among them.
+_OPTIONS: dict[Device, tuple[str, ...]] = {
+    "cpu": ("--dtype=float32", "--mem-fraction-static=0.2", "--attention-backend=torch_native"),
+    "cuda": (),
+}
+_ENVIRONMENT: dict[Device, dict[str, str]] = {
+    "cpu": {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # it would compile what a drafting step picks
+        "OMP_NUM_THREADS": "1",  # these models are too small to share out, and servers that share cores wait in turns
+        "PYTHONPATH": os.pathsep.join([str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    },
+    "cuda": {},
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,6 @@ class Speculation:
         """As options of ``sglang.launch_server``."""
         nodes = self.steps + 1 if self.topk == 1 else self.nodes
         return [
-            *_SPECULATING_BACKENDS,
             "--speculative-algorithm=EAGLE3",
             f"--speculative-draft-model-path={self.drafter}",
             f"--speculative-num-steps={self.steps}",
@@ -83,6 +99,25 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
+
+    def kill(self) -> None:
+        """SIGKILL to the first process, with which the others end, and to those that do not; safe to call twice."""
+        self.process.kill()
+        self.process.wait()
+        deadline = time.monotonic() + _ORPHANED_S
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.02)
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def terminate(self) -> int:
+        """SIGTERM, at which the server ends its processes; its status.  Raises RuntimeError where it goes on."""
+        self.process.terminate()
+        try:
+            return self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            raise _failure(self, f"went on for {_STOP_S:.0f} s after SIGTERM") from None
 
     def get(self, path: str, *, timeout: float = 30) -> Any:
         """The JSON answer.  Raises HTTPError."""
@@ -129,36 +164,34 @@ def serving(
     speculation: Speculation | None = None,
     *,
     target: Path = TARGET,
+    device: Device = "cpu",
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     plugins: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server with its log in ``folder`` until the block ends; ``plugins`` are the entry points that it loads.
 
-    Prefixes are cached and 8 requests run at once, unless ``arguments`` say otherwise.  Raises RuntimeError with the
-    end of the log when it does not start, or does not stop.
+    Prefixes are cached and 8 requests run at once, unless ``arguments`` say otherwise.  It ends by SIGKILL: SGLang
+    takes seconds to notice a SIGTERM.  Raises RuntimeError with the end of the log when it does not start.
     """
     port = free_port()
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
-        *(f"--model-path={target}", "--dtype=float32", "--device=cpu"),
+        *(f"--model-path={target}", f"--device={device}", *_OPTIONS[device]),
         *("--host=127.0.0.1", f"--port={port}", f"--nccl-port={free_port()}"),
-        *("--mem-fraction-static=0.2", "--max-total-tokens=8192", "--max-running-requests=8"),
-        *("--grammar-backend=none", "--attention-backend=torch_native"),
+        *("--max-total-tokens=8192", "--max-running-requests=8", "--grammar-backend=none"),
         "--skip-server-warmup",  # on a busy machine it gives up, and the server with it; /health generates a token, too
         "--sleep-on-idle",  # else each idle server takes a core from the others
         *(speculation.arguments if speculation else ()),
+        *(_SPECULATING_ON_CPU if speculation and device == "cpu" else ()),
         *arguments,
     ]
-    path = os.pathsep.join([str(SHIM), *filter(None, [os.environ.get("PYTHONPATH")])])
     ours = {
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # it would compile what a drafting step picks
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # Empty would be all that are installed.
         "SGLANG_PLUGINS": ",".join(plugins) or "none",
-        "PYTHONPATH": path,
+        **_ENVIRONMENT[device],
     }
     log = folder / f"sglang-{port}.log"
     with log.open("wb") as file:
@@ -174,7 +207,7 @@ def serving(
         _await_health(server)
         yield server
     finally:
-        _stop(server)
+        server.kill()
 
 
 def _failure(server: Server, what: str) -> RuntimeError:
@@ -192,17 +225,3 @@ def _await_health(server: Server) -> None:
             return
         time.sleep(0.25)
     raise _failure(server, f"did not answer within {_START_S:.0f} s")
-
-
-def _stop(server: Server) -> None:
-    """SIGTERM to the server, which ends its processes; SIGKILL to whatever of them is left."""
-    process = server.process
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        raise _failure(server, f"went on for {_STOP_S:.0f} s after SIGTERM") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

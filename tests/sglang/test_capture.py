@@ -13,6 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from livedraft.contracts.settings import Engine
 from livedraft.serving.local.engine import LocalEngine
 from livedraft.traces.arrays import to_float32, to_numpy
 
+from .plugged import capturing
 from .relay import Relay
-from .server import Server, Speculation, serving
+from .server import Server, Speculation
 from .told import assert_same_features, assert_same_rounds, assert_same_target, rounds_of
 
 STEPS, TOKENS = 3, 40
 #: Prompts of more tokens are prefilled in chunks of as many.
 CHUNK = 48
+#: Bytes for traces: of one or two requests at a time.
+ROOM = 400_000
 
 
 class Specification:
@@ -95,19 +99,6 @@ def specified(drafter: Path, **settings: Any) -> Iterator[Specification]:
         specification.end()
 
 
-@contextlib.contextmanager
-def capturing(
-    folder: Path, speculation: Speculation, arguments: Sequence[str] = (), **environment: str
-) -> Iterator[tuple[Server, Relay]]:
-    """A server with the plugin, whose traces arrive at the relay."""
-    with contextlib.closing(Relay()) as relay:
-        where = {"LIVEDRAFT_TRACES__URL": relay.url}
-        with serving(
-            folder, speculation, arguments=arguments, environment=where | environment, plugins=["livedraft"]
-        ) as server:
-            yield server, relay
-
-
 def ask_together(server: Server, relay: Relay, prompts: Sequence[str], kind: str, **fields: Any) -> list[Trace]:
     """The traces of one request per prompt, all asked for at once."""
     names = [f"{kind}-{number}" for number in range(len(prompts))]
@@ -120,8 +111,6 @@ def ask_together(server: Server, relay: Relay, prompts: Sequence[str], kind: str
 
 
 def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(len(bodies)) as pool:
         return list(pool.map(lambda body: server.post("/generate", body), bodies))
 
@@ -139,11 +128,9 @@ def specification(trained_drafter: Path) -> Iterator[Specification]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[tuple[Server, Relay]]:
     arguments = [f"--chunked-prefill-size={CHUNK}"]
-    folder = tmp_path_factory.mktemp("capture")
-    config = folder / "livedraft.toml"
-    config.write_text('[traces]\nopted_out = ["discreet"]\n')
     speculation = Speculation(trained_drafter, steps=STEPS)
-    with capturing(folder, speculation, arguments, LIVEDRAFT_CONFIG=str(config)) as served:
+    opted_out = {"LIVEDRAFT_TRACES__OPTED_OUT": "other,discreet"}
+    with capturing(tmp_path_factory.mktemp("capture"), speculation, arguments, **opted_out) as served:
         yield served
 
 
@@ -258,36 +245,46 @@ def test_a_relay_that_is_gone_costs_nothing(chain: tuple[Server, Relay], prompts
     assert all(len(answer["output_ids"]) == TOKENS for answer in answers)
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+#: How deep SGLang's trees are those of the embedded engine (see ``assert_same_rounds``).
+EXACT = 2
+
+
 def test_trees_are_those_of_the_embedded_engine(
-    tmp_path: Path, trained_drafter: Path, prompts: list[str], steps: int
+    tree: tuple[Server, Relay], trained_drafter: Path, prompts: list[str]
 ) -> None:
-    nodes, exact = 8, 2
-    with (
-        capturing(tmp_path, Speculation(trained_drafter, steps=steps, topk=4, nodes=nodes)) as (server, relay),
-        specified(trained_drafter, draft_depth=steps, tree_topk=4, tree_nodes=nodes - 1) as specification,
-    ):
-        traces = ask_together(server, relay, prompts, "tree")
-        rounds = [r for told in traces for r in rounds_of(told)]
-        for told, expected in zip(traces, specification.traces(prompts), strict=True):
-            assert_same_rounds(told, expected, steps=steps, exact=exact)
-            assert_same_target(told, expected)
+    with specified(trained_drafter, draft_depth=3, tree_topk=4, tree_nodes=7) as specification:
+        assert_same_trees(ask_together(*tree, prompts, "tree"), specification, prompts, steps=3)
+
+
+def assert_same_trees(traces: Sequence[Trace], by: Specification, prompts: Sequence[str], *, steps: int) -> None:
+    rounds = [r for told in traces for r in rounds_of(told)]
+    for told, expected in zip(traces, by.traces(prompts), strict=True):
+        assert_same_rounds(told, expected, steps=steps, exact=EXACT)
+        assert_same_target(told, expected)
     assert any(len({line[0] for line in r.nodes}) > 1 for r in rounds)
     assert any(len(r.committed) == steps + 1 for r in rounds)
 
 
-def test_retraction_and_changing_depths(
-    tmp_path: Path, trained_drafter: Path, specification: Specification, prompts: list[str]
-) -> None:
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory: pytest.TempPathFactory, trained_drafter: Path) -> Iterator[tuple[Server, Relay]]:
+    """Changes its depth, and retracts requests; until the last of its tests ends it."""
     arguments = [
         "--speculative-adaptive",
         "--cuda-graph-backend-decode=disabled",
         "--cuda-graph-backend-prefill=disabled",
     ]
     retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
-    with capturing(tmp_path, Speculation(trained_drafter, steps=STEPS), arguments, **retract) as (server, relay):
-        traces = ask_together(server, relay, prompts, "adaptive")
-        assert "Retract requests" in server.log.read_text() or "retraction" in server.log.read_text()
+    speculation = Speculation(trained_drafter, steps=STEPS)
+    with capturing(tmp_path_factory.mktemp("adaptive"), speculation, arguments, **retract) as served:
+        yield served
+
+
+def test_retraction_and_changing_depths(
+    adaptive: tuple[Server, Relay], specification: Specification, prompts: list[str]
+) -> None:
+    server, relay = adaptive
+    traces = ask_together(server, relay, prompts, "adaptive")
+    assert "Retract requests" in server.log.read_text() or "retraction" in server.log.read_text()
     sizes = {len(r.nodes) for told in traces for r in rounds_of(told)}
     assert len(sizes) > 1
     for told, expected in zip(traces, specification.traces(prompts), strict=True):
@@ -295,25 +292,34 @@ def test_retraction_and_changing_depths(
     assert any((to_numpy(t.rounds.size)[1:] == 0).any() for t in traces)
 
 
-def test_too_little_room_gives_up_the_youngest(
-    tmp_path: Path, trained_drafter: Path, specification: Specification, prompts: list[str]
+def test_too_little_room_gives_up_the_youngest_and_tells_the_others_whole(
+    tmp_path: Path, trained_drafter: Path, prompts: list[str]
 ) -> None:
-    room = {"LIVEDRAFT_TRACES__BUFFER_BYTES": str(300_000)}
-    with capturing(tmp_path, Speculation(trained_drafter, steps=STEPS), **room) as (server, relay):
+    """Trees of no more than two levels, so that every node is exact."""
+    speculation = Speculation(trained_drafter, steps=EXACT, topk=4)
+    room = {"LIVEDRAFT_TRACES__BUFFER_BYTES": str(ROOM)}
+    with (
+        capturing(tmp_path, speculation, **room) as (server, relay),
+        specified(trained_drafter, draft_depth=EXACT, tree_topk=4, tree_nodes=7) as specification,
+    ):
+        one_by_one = [ask_together(server, relay, [prompt], f"alone-{n}")[0] for n, prompt in enumerate(prompts)]
+        assert_same_trees(one_by_one, specification, prompts, steps=EXACT)
         bodies = [
             {"text": prompt, "rid": f"room-{n}", "sampling_params": sampling()} for n, prompt in enumerate(prompts)
         ]
         answers = ask(server, bodies)
         assert all(len(answer["output_ids"]) == TOKENS for answer in answers)
-        told = ask_together(server, relay, prompts[:1], "alone")[0]
-        assert_same_rounds(told, specification.traces(prompts[:1])[0], steps=STEPS)
-        kept = sum(relay.has(f"room-{n}") for n in range(len(prompts)))
-        assert 0 < kept < len(prompts)
-        assert_counted(server, dropped=len(prompts) - kept)
+        ask_together(server, relay, prompts[:1], "last")
+        kept = [n for n in range(len(prompts)) if relay.has(f"room-{n}")]
+        assert 0 < len(kept) < len(prompts)
+        for told, n in zip(relay.take([f"room-{n}" for n in kept]), kept, strict=True):
+            assert_same_rounds(told, specification.traces([prompts[n]])[0], steps=EXACT)
+        dropped = len(prompts) - len(kept)
+        assert_counted(server, dropped=dropped)
         relay.close()
         for _ in range(12):
             server.generate(prompts[0], max_new_tokens=TOKENS)
-        assert_counted(server, dropped=len(prompts) - kept + 1)
+        assert_counted(server, dropped=dropped + 1)
 
 
 def assert_counted(server: Server, *, dropped: int) -> None:

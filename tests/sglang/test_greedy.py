@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 from livedraft.cli.prompts import held_out_prompts
 
+from .greedy import Greedy
 from .server import TARGET, Server
 
-Greedy = Callable[[Sequence[int], int], list[int]]
 SPECULATING = ["chain_server", "tree_server"]
 LEARNED, UNSEEN, LONG = slice(0, 8), slice(8, 16), slice(16, 48)
 
@@ -38,22 +37,7 @@ def encode() -> Callable[[str], list[int]]:
 
 @pytest.fixture(scope="session")
 def greedy() -> Greedy:
-    """The target's greedy continuation, end tokens passed over, by transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    known: dict[tuple[int, ...], list[int]] = {}
-
-    def continued(prompt: Sequence[int], tokens: int) -> list[int]:
-        key = tuple(prompt)
-        if len(known.get(key, [])) < tokens:
-            ids = torch.tensor([key])
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-            known[key] = [int(token) for token in out[0, len(key) :]]
-        return known[key][:tokens]
-
-    return continued
+    return Greedy(TARGET)
 
 
 def accept_length(answers: Sequence[dict[str, Any]]) -> float:

@@ -30,13 +30,6 @@ from .server import SHIM, TARGET, Server, Speculation
 PROMPT = "def compress(data"
 
 
-@pytest.fixture(scope="module")
-def swapping(tmp_path_factory: pytest.TempPathFactory, fresh_drafter: Path) -> Iterator[Engine]:
-    with engine(tmp_path_factory.mktemp("swapping"), Speculation(fresh_drafter)) as one:
-        one.started()
-        yield one
-
-
 @pytest.fixture(autouse=True)
 def back_to_the_first(request: pytest.FixtureRequest, fresh_drafter: Path) -> Iterator[None]:
     yield
@@ -229,17 +222,16 @@ def gaps(server: Server, prompt: str, tokens: int) -> tuple[list[int], list[tupl
     return output, [(later, later - earlier) for earlier, later in itertools.pairwise(times)]
 
 
-def test_without_a_drafter_it_administers_itself_and_says_why_it_does_nothing(tmp_path: Path) -> None:
-    with engine(tmp_path, None, key="secret") as one:
-        status = one.started()
-        assert (status.drafter, status.drafter_checksum, status.capture) == ("", "", False)
-        assert "EAGLE3" in status.disabled["swap"]
-        with pytest.raises(SwapFailed, match="EAGLE3"):
-            one.admin.swap(SwapRequest(path="/x", version="1", checksum="1"))
-        for key in (None, "wrong"):
-            with pytest.raises(SwapFailed, match="401 missing or wrong admin key"):
-                HttpEngineAdmin(one.base, key).status()
-        assert one.server.generate(PROMPT, max_new_tokens=4)["output_ids"]
+def test_without_a_drafter_it_administers_itself_and_says_why_it_does_nothing(plain: Engine) -> None:
+    status = plain.started()
+    assert (status.drafter, status.drafter_checksum, status.capture) == ("", "", False)
+    assert "EAGLE3" in status.disabled["swap"]
+    with pytest.raises(SwapFailed, match="EAGLE3"):
+        plain.admin.swap(SwapRequest(path="/x", version="1", checksum="1"))
+    for key in (None, "wrong"):
+        with pytest.raises(SwapFailed, match="401 missing or wrong admin key"):
+            HttpEngineAdmin(plain.base, key).status()
+    assert plain.server.generate(PROMPT, max_new_tokens=4)["output_ids"]
 
 
 def test_a_changed_sglang_is_served_with_the_plugin_off_and_says_why(tmp_path: Path, fresh_drafter: Path) -> None:
