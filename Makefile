@@ -15,7 +15,7 @@ SGLANG_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/livedraft
 SGLANG_KEY   := $(shell { $(PYTHON) -VV; echo "$(TORCH_INDEX)"; cat tests/sglang/requirements.txt; } | sha256sum | cut -c-16)
 SGLANG_PACKAGES := $(SGLANG_CACHE)/sglang-$(SGLANG_KEY)
 
-.PHONY: setup setup-sglang demo test test-kernels test-sglang bench-sglang lint clean help
+.PHONY: setup setup-sglang demo test test-kernels test-sglang bench-sglang bench-sglang-gpu lint clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -59,6 +59,11 @@ test-sglang: setup setup-sglang  ## run the tests against SGLang
 
 bench-sglang: setup setup-sglang  ## measure capture, swaps and learning on SGLang into runs/bench/sglang.json (20 minutes)
 	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m tests.sglang.bench
+
+# In an environment that somebody made: SGLang with its CUDA kernels, and `pip install --editable ".[sglang]"`.
+SGLANG_GPU_PYTHON ?= python3
+bench-sglang-gpu:  ## the same without the loop, on a GPU, by SGLANG_GPU_PYTHON; for a real model BENCH="--target ID --drafter FOLDER"
+	$(SGLANG_GPU_PYTHON) -m tests.sglang.bench --device cuda --out runs/bench/sglang-gpu.json $(BENCH)
 
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
