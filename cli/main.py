@@ -136,6 +136,9 @@ def trainer(config: ConfigOption = None, target: TargetOption = "") -> None:
 
     On SIGTERM it ends its step, checkpoints and offers what it has learned.
 
+    Under torchrun several processes learn as one, each with a share of the stream (trainer.parallel: ddp or fsdp2):
+    torchrun --standalone --nproc-per-node 2 --no-python livedraft trainer
+
     Example: LIVEDRAFT_METRICS__PORT=9464 livedraft trainer -c configs/compose.toml
     """
     from livedraft.cli import wiring

@@ -15,12 +15,12 @@ from livedraft.cli.announcing import AnnouncingRegistry
 from livedraft.cli.wiring_registry import open_registry
 from livedraft.contracts.errors import DrafterRejected, RegistryUnavailable, SettingsError
 from livedraft.contracts.messages import DrafterVersion, Manifest, SwapRequest
-from livedraft.contracts.ports import EngineAdmin, Registry, TraceSink
+from livedraft.contracts.ports import EngineAdmin, Registry, TraceSink, TraceSource
 from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.contracts.settings import Settings
 from livedraft.traces.admission import admit, held_out
 from livedraft.traces.redaction import NoRedaction, PatternRedaction, Redactor
-from livedraft.traces.urls import open_announcements, open_sink, open_source
+from livedraft.traces.urls import KAFKA, open_announcements, open_sink, open_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from livedraft.swap.swapper import Swapper
     from livedraft.traces.relay_sink import RelaySink
     from livedraft.traces.sink import QueuedSink
+    from livedraft.trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,10 +115,15 @@ def sglang_admin(settings: Settings, base: str, timeout: float, *, swaps: bool) 
     return SglangAdmin(base, settings, keys.engine_key, keys.admin_key, timeout=timeout, release=swaps)
 
 
-def once_answered(ask: Callable[[], T], stop: threading.Event) -> T | None:
-    """What ``ask`` returns once the registry answers; None when ``stop`` is set first."""
+def once_answered(
+    ask: Callable[[], T], stop: threading.Event, agree: Callable[[bool], bool] = lambda told: told
+) -> T | None:
+    """What ``ask`` returns once the registry answers; None when ``stop`` is set first.
+
+    Of several processes that ask together, all must do the same: ``agree`` on whether one was told to stop.
+    """
     said = ""
-    while not stop.is_set():
+    while not agree(stop.is_set()):
         try:
             return ask()
         except RegistryUnavailable as error:
@@ -294,15 +300,20 @@ def train(settings: Settings, stop: threading.Event) -> None:
     from livedraft.cli.observed import observed
     from livedraft.serving.local import place
     from livedraft.trainer import process
+    from livedraft.trainer.ranks import joined
 
-    registry = open_registry(settings.registry)
-    with (
-        observed(settings.metrics, [TrainerCollector(settings.trainer)]),
-        contextlib.closing(open_source(settings.traces, "trainer", settings.kafka)) as source,
-        _announcing(settings, registry) as announcing,
-    ):
+    with joined(settings.trainer.parallel) as ranks, contextlib.ExitStack() as opened:
+
+        def ask() -> tuple[Path, DrafterVersion]:
+            return ranks.lead(lambda: live_drafter(settings, open_registry(settings.registry)))
+
+        source = opened.enter_context(contextlib.closing(_source_of(settings, ranks)))
+        registry = None
+        if ranks.rank == 0:  # it speaks for all
+            opened.enter_context(observed(settings.metrics, [TrainerCollector(settings.trainer)]))
+            registry = opened.enter_context(_announcing(settings, open_registry(settings.registry)))
         # Again, whenever what is live has another draft vocabulary.
-        while (found := once_answered(lambda: live_drafter(settings, registry), stop)) is not None:
+        while (found := once_answered(ask, stop, ranks.any)) is not None:
             folder, live = found
             process.main(
                 settings.trainer,
@@ -310,10 +321,23 @@ def train(settings: Settings, stop: threading.Event) -> None:
                 drafter_folder=folder,
                 version=live.version,
                 source=source,
-                registry=announcing,
+                registry=registry,
                 held_out=settings.traces.held_out,
                 stop=stop,
+                ranks=ranks,
             )
+
+
+def _source_of(settings: Settings, ranks: Ranks) -> TraceSource:
+    """The stream, or what a rank has of it."""
+    traces, kafka = settings.traces, settings.kafka
+    if ranks.count == 1:
+        return open_source(traces, "trainer", kafka)
+    if traces.url.startswith(KAFKA):
+        return open_source(traces, "trainer", kafka, share=(ranks.rank, ranks.count))
+    from livedraft.trainer.dealt import DealtSource
+
+    return DealtSource(ranks, open_source(traces, "trainer", kafka) if ranks.rank == 0 else None)
 
 
 @contextlib.contextmanager

@@ -160,8 +160,8 @@ class Kafka(_Section, frozen=True, kw_only=True):
     spill: str | None = None
     #: Size of the spill from which on traces are dropped.
     spill_bytes: int = 2 << 30
-    #: Name of this consumer within its group, the same after a restart ("": the host's).  Ranks of a trainer that
-    #: share a host need one each: LIVEDRAFT_KAFKA__MEMBER=rank1.
+    #: Name of this consumer within its group, the same after a restart ("": the host's).  Trainers that share a host
+    #: need one each: LIVEDRAFT_KAFKA__MEMBER=second.
     member: str = ""
     #: Seconds without a heartbeat after which a consumer's partitions go to the others of its group.
     session_timeout_s: float = 45.0
@@ -203,12 +203,17 @@ class Metrics(_Section, frozen=True, kw_only=True):
 #: term needs, and those that need committed text.
 DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation", "lk_log", "lk_hybrid")
 ON_COMMITTED_TEXT = ("accept_length", "ntp", "policy_gradient")
+#: What ``trainer.parallel`` can name.
+PARALLEL = ("ddp", "fsdp2")
 
 
 class Trainer(_Section, frozen=True, kw_only=True):
     """The learning process."""
 
     threads: int = 1
+    #: How ranks under torchrun share the weights: "ddp", all have all of them (torch's DistributedDataParallel), or
+    #: "fsdp2", each has a part of them and of the optimiser's state (torch's fully_shard).  One process ignores it.
+    parallel: str = "ddp"
     #: OS niceness: serving goes first.
     nice: int = 15
     #: AdamW: gains, the head, and fc (there divided by the features' size).
@@ -240,8 +245,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     head: Literal["frozen", "trained"] = "frozen"
     #: Share of the past that each step leaves in the running mean of the weights, which is what is published.
     average: float = 0.98
-    #: Traces in a step: at most ``fresh_share`` of them new while others are left to fill it, ``rehearse_share``
-    #: from long memory.
+    #: Traces in a step, of all ranks together: at most ``fresh_share`` of them new while others are left to fill it,
+    #: ``rehearse_share`` from long memory.
     batch_traces: int = 16
     fresh_share: float = 0.5
     rehearse_share: float = 0.125
@@ -309,6 +314,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
                 raise ValueError(f"{name}: {getattr(self, name)}, expected 0 (no limit) or more")
         if self.recompute_tokens < 1:
             raise ValueError(f"recompute_tokens: {self.recompute_tokens}, expected 1 or more")
+        if self.parallel not in PARALLEL:
+            raise ValueError(f"parallel: {self.parallel!r}, expected one of {', '.join(PARALLEL)}")
         if not 0 < self.importance_cap < math.inf:
             raise ValueError(f"importance_cap: {self.importance_cap}, expected a number above 0")
 

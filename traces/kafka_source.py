@@ -1,4 +1,4 @@
-"""The stream on Kafka as a group reads it, whose members share its partitions."""
+"""The stream on Kafka as a group reads it, whose members, or the ranks of its one member, share its partitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError
 from kafka.structs import MemberState, OffsetAndMetadata
-from livedraft.contracts.errors import StreamUnavailable
+from livedraft.contracts.errors import SettingsError, StreamUnavailable
 from livedraft.contracts.messages import DeadLetter, Delivery, Offsets
 from livedraft.contracts.settings import Kafka
 from livedraft.traces.chunks import Assembler
@@ -48,15 +48,22 @@ class KafkaSource:
     - else, or where the broker no longer has that, the oldest record.
 
     Before a partition leaves, the action given to ``on_release`` runs: what it commits is where the next owner begins.
+
+    With a ``share`` (rank, ranks) this is one of so many sources of a reader that is all of the group.  Each has every
+    so-manieth partition as long as it lives, and of a partition that was sought the offset given to ``seek`` holds.
+
     A trace has the offset of its last chunk.  Raises StreamUnavailable where there is no broker to be had.
     """
 
-    def __init__(self, brokers: Sequence[str], settings: Kafka, group: str) -> None:
+    def __init__(
+        self, brokers: Sequence[str], settings: Kafka, group: str, share: tuple[int, int] | None = None
+    ) -> None:
         if settings.create_topics:
             ensure_topics(brokers, settings)
         self._brokers, self._settings = brokers, settings
         self._topic = topic(settings, TRACES)
         self._member = settings.member or socket.gethostname()
+        self._fixed = share is not None
         self._consumer = client(
             KafkaConsumer,
             brokers,
@@ -85,7 +92,10 @@ class KafkaSource:
         self._join_at = 0.0
         #: Unix seconds at which the request of the trace polled last ended.
         self._last_at = 0.0
-        self._consumer.subscribe([self._topic], listener=_Listener(self))
+        if share is None:
+            self._consumer.subscribe([self._topic], listener=_Listener(self))
+        else:
+            self._take(*share)
 
     @property
     def incomplete(self) -> int:
@@ -119,7 +129,7 @@ class KafkaSource:
             fetched: dict[TopicPartition, list[ConsumerRecord]] = {}  # kept whatever fails after it
             try:
                 fetched = self._consumer.poll(timeout_ms=min(left, _TICK_S) * 1000, max_records=limit)
-                if not fetched:
+                if not fetched and not self._fixed:
                     fetched = self._join(limit)
                 self._begin_gained()
                 self._leave_the_beyond()
@@ -131,6 +141,20 @@ class KafkaSource:
             if not left:
                 break
         return found
+
+    def _take(self, rank: int, ranks: int) -> None:
+        try:
+            places = self._all_partitions()
+            if len(places) < ranks:
+                found = f"{self._topic} has {len(places)} partitions"
+                raise SettingsError(f"{found}, expected at least one for each of {ranks} ranks")
+            self._consumer.assign(places[rank::ranks])
+        except (KafkaError, SettingsError) as error:
+            self.close()
+            if isinstance(error, KafkaError):
+                raise StreamUnavailable(f"{self._topic}: {error!r}") from error
+            raise
+        self.assigned(set(places[rank::ranks]))
 
     def _join(self, limit: int) -> dict[TopicPartition, list[ConsumerRecord]]:
         """Stay with the client until it has joined: a join that ends between two polls is thrown away, and begun anew.
@@ -240,7 +264,7 @@ class KafkaSource:
             first = first_offset(
                 self._next.get(place),
                 noted.offset if noted else None,
-                by_other=bool(noted and noted.metadata and noted.metadata != self._member),
+                by_other=bool(noted and noted.metadata and noted.metadata != self._member) and not self._fixed,
             )
             self._forget(place)
             self._next[place] = first

@@ -51,15 +51,18 @@ def open_sink(settings: Traces, redactor: Redactor | None = None, kafka: Kafka |
     )
 
 
-def open_source(settings: Traces, group: str, kafka: Kafka | None = None) -> TraceSource:
+def open_source(
+    settings: Traces, group: str, kafka: Kafka | None = None, share: tuple[int, int] | None = None
+) -> TraceSource:
     """A source of ``settings.url`` for a consumer group.
 
+    ``share`` (rank, ranks) takes so many partitions of a broker, as ``KafkaSource`` tells; a spool has but one.
     Raises SettingsError for an unknown URL or a bad name, StreamUnavailable when a broker does not answer.
     """
     if settings.url.startswith(KAFKA):
         from livedraft.traces.kafka_source import KafkaSource
 
-        return KafkaSource(broker_addresses(settings.url), kafka or Kafka(), group)
+        return KafkaSource(broker_addresses(settings.url), kafka or Kafka(), group, share)
     return SpoolSource(spool_folder(settings.url), group)
 
 

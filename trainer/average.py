@@ -8,6 +8,7 @@ the same steps: accept length 2.91 instead of 2.66 at temperature 0, 2.18 instea
 from __future__ import annotations
 
 import torch
+from livedraft.trainer.ranks import Ranks
 from torch import Tensor, nn
 
 
@@ -17,7 +18,8 @@ class Average:
     After t steps its horizon is at most a tenth of them, so that what was known before the first is soon forgotten.
     """
 
-    def __init__(self, module: nn.Module, memory: float) -> None:
+    def __init__(self, module: nn.Module, memory: float, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._memory = memory
         self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
@@ -32,4 +34,4 @@ class Average:
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Become what ``weights`` was a copy of."""
         for name, mean in self.weights.items():
-            mean.copy_(weights[name])
+            mean.copy_(self._ranks.share(weights[name], mean))

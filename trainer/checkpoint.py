@@ -6,6 +6,9 @@
     <folder>/traces/<sha256>                    those traces, encoded; shared by checkpoints, written once
 
 The consumed offsets lie in the same folder as the weights that consumed them: after any death the two agree.
+
+Ranks write one checkpoint, in a folder that all of them reach: each its traces, rank 0 the rest.  Nothing in it tells
+how many they were, so any number goes on from it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from livedraft.contracts.errors import TraceError
 from livedraft.contracts.messages import Record, Trace
 from livedraft.traces.codec import decode, encode
 from livedraft.trainer.learner import Learner, LearnerState
+from livedraft.trainer.ranks import Ranks
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -36,10 +40,15 @@ class _Seal(Record, frozen=True, kw_only=True):
     traces: dict[str, str]
 
 
-class Checkpoints:
-    """The last ``keep`` checkpoints of a learner in ``folder``.  One process at a time."""
+#: State, tensors, traces by id, and where those are.
+_Found = tuple[LearnerState, dict[str, Tensor], dict[str, Trace], dict[str, str]]
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+
+class Checkpoints:
+    """The last ``keep`` checkpoints of a learner in ``folder``.  One learner at a time, all its ranks at once."""
+
+    def __init__(self, folder: Path, *, keep: int = 2, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._folder = folder
         self._traces = folder / "traces"
         self._keep = keep
@@ -55,13 +64,19 @@ class Checkpoints:
             return place
         self._traces.mkdir(parents=True, exist_ok=True)
         self._written = {trace.trace_id: (trace, self._keep_trace(trace)) for trace in traces}
-        written = {name: sha256 for name, (_, sha256) in self._written.items()}
+        mine = {name: sha256 for name, (_, sha256) in self._written.items()}
         _sync(self._traces)
+        written = {name: sha256 for files in self._ranks.gather(mine) for name, sha256 in files.items()}
+        self._ranks.lead(lambda: self._seal(place, plain, tensors, written))
+        self._latest = place
+        return place
+
+    def _seal(self, place: Path, plain: LearnerState, tensors: dict[str, Tensor], traces: dict[str, str]) -> None:
         files = {
             "state.msgpack": msgspec.msgpack.encode(plain),
             "tensors.safetensors": save_tensors({name: t.contiguous() for name, t in tensors.items()}),
         }
-        seal = _Seal(files={name: _sha256(data) for name, data in files.items()}, traces=written)
+        seal = _Seal(files={name: _sha256(data) for name, data in files.items()}, traces=traces)
         half = Path(tempfile.mkdtemp(prefix=".half-", dir=self._folder))
         for name, data in {**files, "seal.json": msgspec.json.encode(seal)}.items():
             _write(half / name, data)
@@ -69,32 +84,38 @@ class Checkpoints:
         shutil.rmtree(place, ignore_errors=True)
         half.rename(place)
         _sync(self._folder)
-        self._latest = place
         self._prune()
-        return place
 
     def load(self, learner: Learner) -> Path | None:
         """Bring ``learner`` to the newest checkpoint that is whole; None when there is none.
 
         Torn or damaged ones are passed over, with a warning each.
         """
-        for place in self._places():
-            try:
-                plain, tensors, traces, written = self._read(place)
-            except (OSError, ValueError, msgspec.DecodeError, SafetensorError, TraceError) as error:
-                _log.warning("checkpoint %s passed over: %s", place.name, error)
-                continue
-            learner.restore(plain, tensors, traces)
-            self._written = {name: (trace, written[name]) for name, trace in traces.items()}
-            return place
+        for place in self._ranks.lead(self._places):
+            found, error = self._try(place)
+            if errors := [told for told in self._ranks.gather(error) if told]:
+                _log.warning("checkpoint %s passed over: %s", place.name, errors[0])
+            elif found:
+                plain, tensors, traces, files = found
+                learner.restore(plain, tensors, traces)
+                self._written = {name: (trace, files[name]) for name, trace in traces.items()}
+                return place
         return None
 
-    def _read(self, place: Path) -> tuple[LearnerState, dict[str, Tensor], dict[str, Trace], dict[str, str]]:
+    def _try(self, place: Path) -> tuple[_Found | None, str]:
+        try:
+            return self._read(place), ""
+        except (OSError, ValueError, msgspec.DecodeError, SafetensorError, TraceError) as error:
+            return None, str(error) or repr(error)
+
+    def _read(self, place: Path) -> _Found:
+        """All but the traces that are other ranks' to hold."""
         seal = msgspec.json.decode((place / "seal.json").read_bytes(), type=_Seal)
         files = {name: _read_sealed(place / name, sha256) for name, sha256 in seal.files.items()}
-        traces = {name: decode(_read_sealed(self._traces / sha256, sha256)) for name, sha256 in seal.traces.items()}
+        mine = {n: sha256 for n, sha256 in seal.traces.items() if self._ranks.holder(n) == self._ranks.rank}
+        traces = {name: decode(_read_sealed(self._traces / sha256, sha256)) for name, sha256 in mine.items()}
         plain = msgspec.msgpack.decode(files["state.msgpack"], type=LearnerState)
-        return plain, load_tensors(files["tensors.safetensors"]), traces, seal.traces
+        return plain, load_tensors(files["tensors.safetensors"]), traces, mine
 
     def _keep_trace(self, trace: Trace) -> str:
         known, sha256 = self._written.get(trace.trace_id, (None, ""))

@@ -2,6 +2,9 @@
 
 Given its state and the deliveries that follow, what it becomes is determined: no clock, and one generator of
 random choices whose state is part of its own.
+
+Ranks (``trainer.ranks``) are one learner.  Each hears of every delivery, so that all draw the same batch, and works on
+those traces of it that it holds.
 """
 
 from __future__ import annotations
@@ -15,20 +18,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from livedraft.contracts.messages import Delivery, Offsets, Record, Trace
+from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Record, Trace
 from livedraft.contracts.settings import Trainer as Settings
 from livedraft.traces.admission import held_out
 from livedraft.traces.arrays import to_numpy
 from livedraft.trainer.average import Average
-from livedraft.trainer.batch import pack
+from livedraft.trainer.batch import Batch, pack
 from livedraft.trainer.lesson import Lesson, Rejections, lesson
 from livedraft.trainer.model import Drafter
-from livedraft.trainer.objective import Loss, Objective, loss
+from livedraft.trainer.notice import Notice, notice_of
+from livedraft.trainer.objective import Loss, Objective, census, loss
 from livedraft.trainer.optimizer import Optimizer
 from livedraft.trainer.pace import Pace
 from livedraft.trainer.prefill import Prefill, is_whole
-from livedraft.trainer.replay import Replay, ReplayState
-from torch import Tensor
+from livedraft.trainer.ranks import Ranks
+from livedraft.trainer.replay import Kept, Replay, ReplayState
+from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +88,7 @@ class Step:
 class Learner:
     """Admits deliveries, learns from them, knows how far it has read.
 
-    for delivery in source.poll(limit=learner.appetite):
-        learner.admit(delivery)
+    learner.hear(source.poll(limit=learner.appetite))
     while learner.can_learn:
         learner.step()
     """
@@ -98,8 +102,10 @@ class Learner:
         held_out: float = 0.0,
         layers: tuple[int, ...] | None = None,
         prefill: Prefill | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """``prefill`` completes traces that came without features; without one they teach nothing."""
+        self.ranks = ranks or Ranks()
         self.drafter = drafter
         self.target = target
         self.offsets: Offsets = {}
@@ -122,14 +128,9 @@ class Learner:
         )
         drafter.low_precision = low_precision(settings)
         drafter.lm_head.weight.requires_grad_(settings.head == "trained")
-        self._optimizer = Optimizer(drafter, settings)
-        self._average = Average(drafter, settings.average)
-        self.pace = Pace()
-        self._accept_length = 1.0
-        self._feature_rms = 0.0
         self.excluded = 0.0
         self._excluded_for = 0
-        self._objective = Objective(
+        objective = Objective(
             unroll=settings.unroll,
             decay=settings.decay,
             discard=settings.discard,
@@ -137,6 +138,12 @@ class Learner:
             importance_cap=settings.importance_cap,
             low_precision=drafter.low_precision,
         )
+        self._lecture = self.ranks.parallel(_Lecture(drafter, objective))
+        self._optimizer = Optimizer(drafter, settings, self.ranks)
+        self._average = Average(drafter, settings.average, self.ranks)
+        self.pace = Pace()
+        self._accept_length = 1.0
+        self._feature_rms = 0.0
 
     @property
     def appetite(self) -> int:
@@ -158,39 +165,61 @@ class Learner:
         """Steps unrolled now: one more than chains get far, so that early on no time goes into steps seldom reached."""
         return min(self._settings.unroll, 1 + math.ceil(self._accept_length))
 
+    def hear(self, deliveries: Sequence[Delivery]) -> int:
+        """Admit what came to any rank, to this one ``deliveries``; returns how many.  All of them hear at once."""
+        mine = {(d.partition, d.offset): d for d in deliveries}
+        told = self.ranks.gather([(place, self._notice(delivery)) for place, delivery in mine.items()])
+        everyones = sorted((at for rank in told for at in rank), key=lambda at: at[0])
+        for place, notice in everyones:
+            self._take(*place, notice, mine.get(place))
+        return len(everyones)
+
     def admit(self, delivery: Delivery) -> str:
         """Take a delivery; returns what became of it ("admitted", or why not), which is also counted."""
-        self.offsets[delivery.partition] = delivery.offset + 1
-        verdict = self._verdict(delivery)
+        return self._take(delivery.partition, delivery.offset, self._notice(delivery), delivery)
+
+    def _take(self, partition: str, offset: int, notice: Notice, delivery: Delivery | None) -> str:
+        self.offsets[partition] = offset + 1
+        verdict = self._verdict(notice)
         self.counts[verdict] = self.counts.get(verdict, 0) + 1
-        if verdict == "admitted" and isinstance(delivery.item, Trace):
-            self._replay.add(delivery.item, self._random)
+        if verdict == "admitted":
+            self._versions |= dict.fromkeys(notice.drafters)
+            held = delivery.item if delivery else notice
+            assert not isinstance(held, DeadLetter), "it has a fault"
+            self._replay.add(held, self._random)
             self._owed += self._settings.steps_per_trace
         return verdict
 
     def step(self) -> Step:
         """One optimiser step on a batch from replay.  Call only while ``can_learn``."""
-        settings = self._settings
+        settings, ranks = self._settings, self.ranks
         fresh_share = None if self.pace.mode == "steady" else 1.0
-        traces = self._whole(self._replay.sample(settings.batch_traces, self._random, fresh_share=fresh_share))
-        batch = pack(
-            [self._lesson(trace) for trace in traces], self.drafter.draft_row, hard_greedy=settings.hard_greedy
-        )
-        found = loss(self.drafter, batch, self._objective)
+        kept = self._replay.sample(settings.batch_traces, self._random, fresh_share=fresh_share)
+        parts = [self._part(one) for one in kept]  # of all, so that every rank draws alike
+        held = {n: one for n, one in enumerate(kept) if isinstance(one, Trace)}
+        traces = zip(held, self._whole([*held.values()]), strict=True)
+        lessons = [self._lesson(trace, *parts[n]) for n, trace in traces]
+        batch = pack(lessons, self.drafter.draft_row, hard_greedy=settings.hard_greedy) if lessons else None
+        whole = ranks.sum(census(batch) if batch else torch.zeros(self.depth, 3, dtype=torch.float64))
+        self._feature_rms = self._feature_rms or self._root_mean_square(batch)
         self._optimizer.zero_grad()
-        torch.autograd.backward(found.total)
-        self._feature_rms = self._feature_rms or float(batch.forest.features.square().mean().sqrt())
+        part, taught = self._lecture(batch, whole)
+        ranks.backward(part)
+        found = self._over_ranks(taught, [*held], len(kept))
         if self._optimizer.step(self.steps, self._feature_rms):
             self._average.update(self.steps)
             self._accept_length += 0.05 * (found.accept_length - self._accept_length)
         else:  # one batch that overflows must not cost all that was learned
             self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1
-        self._watch_vocabulary(batch.excluded)
-        self._keep_pace(traces[: self._replay.new], found)
+        tokens = int(whole[0, 0])
+        mass = torch.tensor(batch.excluded * batch.tokens if batch else 0.0, dtype=torch.float64)
+        excluded = float(ranks.sum(mass)) / max(tokens, 1)
+        self._watch_vocabulary(excluded)
+        self._keep_pace(kept[: self._replay.new], found)
         self._owed = max(self._owed - 1, 0.0)
         self.steps += 1
-        self.tokens += batch.tokens
-        return Step(float(found.total.detach()), found.accept_length, batch.tokens, batch.excluded)
+        self.tokens += tokens
+        return Step(float(found.total), found.accept_length, tokens, excluded)
 
     def _watch_vocabulary(self, excluded: float) -> None:
         self.excluded += 0.02 * (excluded - self.excluded)
@@ -203,7 +232,21 @@ class Learner:
                 self._excluded_for,
             )
 
-    def _keep_pace(self, new: Sequence[Trace], found: Loss) -> None:
+    def _over_ranks(self, found: Loss, places: list[int], size: int) -> Loss:
+        """The sum of the ranks' parts; this one's lessons stand at ``places`` in a batch of ``size``."""
+        by_lesson = found.by_lesson.new_zeros(size)
+        by_lesson[places] = found.by_lesson
+        depth = len(found.overlap)
+        parts = torch.cat([found.total.detach()[None], found.divergence, found.overlap, by_lesson])
+        total, divergence, overlap, by_lesson = torch.split(self.ranks.sum(parts), [1, depth, depth, size])
+        return Loss(total[0], divergence, overlap, by_lesson)
+
+    def _root_mean_square(self, batch: Batch | None) -> float:
+        features = batch.forest.features if batch else torch.zeros(0)
+        squares, count = self.ranks.sum(torch.stack([features.square().sum(), torch.tensor(float(features.numel()))]))
+        return float((squares / count).sqrt())
+
+    def _keep_pace(self, new: Sequence[Kept], found: Loss) -> None:
         drifts = self.pace.drifts
         scores = zip((t.domain for t in new), found.by_lesson.tolist(), strict=False)
         self.pace = self.pace.stepped(found.accept_length, self._settings.rest_gain).heard(scores)
@@ -213,14 +256,19 @@ class Learner:
 
     def candidate(self) -> dict[str, np.ndarray]:
         """Copies of what is worth publishing now, by tensor name: the averaged weights."""
-        arrays = self.drafter.to_arrays()
-        return arrays | {name: mean.numpy().copy() for name, mean in self._average.weights.items()}
+        weights = self.drafter.state_dict() | self._average.weights
+        return {name: self.ranks.whole(t).detach().cpu().numpy().copy() for name, t in weights.items()}
 
     def state(self) -> tuple[LearnerState, dict[str, Tensor], list[Trace]]:
-        """Everything: the plain part, weights, optimiser moments and averages by name, the traces in replay."""
+        """Everything: the plain part, weights, optimiser moments and averages by name, the traces in replay.
+
+        The traces are those that this rank holds; the rest is the same on all.
+        """
         tensors = {f"drafter/{name}": t for name, t in self.drafter.state_dict().items()}
         tensors |= {f"optimizer/{name}": t for name, t in self._optimizer.state().items()}
         tensors |= {f"average/{name}": t for name, t in self._average.weights.items()}
+        # Sorted: moments come in the order in which a file gave them, which differs between ranks.
+        tensors = {name: self.ranks.whole(tensors[name]) for name in sorted(tensors)}
         plain = LearnerState(
             offsets=dict(self.offsets),
             steps=self.steps,
@@ -237,16 +285,19 @@ class Learner:
             pace=self.pace,
             random=self._random.getstate()[1],
         )
-        return plain, tensors, list(self._replay)
+        return plain, tensors, [kept for kept in self._replay if isinstance(kept, Trace)]
 
     def restore(self, plain: LearnerState, tensors: dict[str, Tensor], traces: dict[str, Trace]) -> None:
-        """Become what ``state`` was taken of.
+        """Become what ``state`` was taken of, whatever the ranks were; of ``traces`` each rank brings its share.
 
         Of a learner with another draft vocabulary only what it has read and keeps is taken over: its weights are of
         another lineage, and the one that this learner was made for goes on from the drafter that it was given.
         """
         if torch.equal(tensors["drafter/d2t"], self.drafter.d2t):
-            self.drafter.load_state_dict(_below("drafter/", tensors))
+            weights = _below("drafter/", tensors)
+            with torch.no_grad():
+                for name, t in self.drafter.state_dict().items():
+                    t.copy_(self.ranks.share(weights[name], t))
             self._optimizer.restore(_below("optimizer/", tensors))
             self._average.restore(_below("average/", tensors))
             self.excluded, self._excluded_for = plain.excluded, plain.excluded_for
@@ -258,22 +309,20 @@ class Learner:
         self.counts = dict(plain.counts)
         self._known = OrderedDict.fromkeys(plain.known)
         self._versions = dict.fromkeys(plain.versions)
-        self._replay.restore(plain.replay, traces)
-        self._replay.discard(lambda trace: not self._can_use(trace))  # settings may have changed
+        # Settings may have changed: what cannot be used any more has a fault.
+        told = self.ranks.gather([notice_of(trace, self._fault(trace)) for trace in traces.values()])
+        notices = {notice.trace_id: notice for rank in told for notice in rank}
+        self._replay.restore(plain.replay, {**notices, **traces})
+        self._replay.discard(lambda kept: bool(notices[kept.trace_id].fault))
         self.pace = plain.pace
         self._random.setstate((3, plain.random, None))
 
-    def _verdict(self, delivery: Delivery) -> str:
+    def _notice(self, delivery: Delivery) -> Notice:
         trace = delivery.item
-        if not isinstance(trace, Trace):
-            return "dead letter"
-        if held_out(trace.request_id, self._held_out):
-            return "held out"
-        if trace.trace_id in self._known:
-            return "duplicate"
-        self._known[trace.trace_id] = None
-        if len(self._known) > _DEDUPE:
-            self._known.popitem(last=False)
+        return notice_of(trace, self._fault(trace)) if isinstance(trace, Trace) else Notice(fault="dead letter")
+
+    def _fault(self, trace: Trace) -> str:
+        """Why it teaches nothing, whatever came before it."""
         if not trace.consent:
             return "no consent"
         if self.target != TargetId(
@@ -287,10 +336,19 @@ class Learner:
             return "other features"
         if not self._knows_tokens(trace):
             return "unknown token"
-        if not self._can_use(trace):
-            return "no features"
-        self._versions |= dict.fromkeys(trace.drafters)
-        return "admitted"
+        return "" if self._can_use(trace) else "no features"
+
+    def _verdict(self, notice: Notice) -> str:
+        if notice.fault == "dead letter":
+            return notice.fault
+        if held_out(notice.request_id, self._held_out):
+            return "held out"
+        if notice.trace_id in self._known:
+            return "duplicate"
+        self._known[notice.trace_id] = None
+        if len(self._known) > _DEDUPE:
+            self._known.popitem(last=False)
+        return notice.fault or "admitted"
 
     def _can_use(self, trace: Trace) -> bool:
         return self._is_whole(trace) or (self._prefill is not None and self._prefill.can_fill(trace))
@@ -313,13 +371,17 @@ class Learner:
         ids = (to_numpy(a) for a in (trace.prompt, trace.output, rounds.tokens, rounds.top_ids))
         return all(int(a.max(initial=0)) < self.drafter.config.vocab_size for a in ids)
 
-    def _lesson(self, trace: Trace) -> Lesson:
-        settings = self._settings
-        length = trace.prompt.shape[0] + trace.output.shape[0]
-        start = 0
-        if (over := length - 1 - settings.window) > 0:
+    def _part(self, kept: Kept) -> tuple[int, int]:
+        """Where to begin with a trace, and with the roots in it."""
+        notice = kept if isinstance(kept, Notice) else notice_of(kept)
+        window, every, start = self._settings.window, self._settings.root_every, 0
+        if (over := notice.length - 1 - window) > 0:
             # A longer trace shows another part each time; half a window of prompt at most.
-            start = self._random.randint(min(max(trace.prompt.shape[0] - settings.window // 2, 0), over), over)
+            start = self._random.randint(min(max(notice.prompt - window // 2, 0), over), over)
+        return start, self._random.randrange(every) if every > 1 else 0
+
+    def _lesson(self, trace: Trace, start: int, skip: int) -> Lesson:
+        settings = self._settings
         return lesson(
             trace,
             self.depth,
@@ -328,13 +390,30 @@ class Learner:
             stale=self._stale,
             rejections=Rejections(settings.discard_depth, settings.discard_topk) if settings.discard else None,
             every=settings.root_every,
-            skip=self._random.randrange(settings.root_every) if settings.root_every > 1 else 0,
+            skip=skip,
         )
 
     @property
     def _stale(self) -> set[str]:
         versions = list(self._versions)
         return set(versions[: max(len(versions) - self._settings.max_version_lag, 0)])
+
+
+class _Lecture(nn.Module):
+    """Batch in, loss out, as those need it who look after a module's gradients."""
+
+    def __init__(self, drafter: Drafter, objective: Objective) -> None:
+        super().__init__()
+        self.drafter, self._objective = drafter, objective
+
+    def forward(self, batch: Batch | None, whole: Tensor) -> tuple[Tensor, Loss]:
+        """``whole``: as for ``loss``.  Of no batch: zeros."""
+        if batch is None:
+            nothing = torch.zeros(len(whole))
+            found = Loss(total=torch.zeros(()), divergence=nothing, overlap=nothing, by_lesson=torch.zeros(0))
+        else:
+            found = loss(self.drafter, batch, self._objective, whole)
+        return found.total, found
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""The learning process: read, learn, publish, checkpoint, until told to stop."""
+"""The learning process: read, learn, publish, checkpoint, until told to stop.
+
+Ranks take every turn together: what one of them alone knows is agreed on before it decides anything.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +22,7 @@ from livedraft.contracts.settings import Trainer as Settings
 from livedraft.trainer.checkpoint import Checkpoints
 from livedraft.trainer.learner import Learner, Step
 from livedraft.trainer.pace import Candidates
-from livedraft.trainer.publish import Publisher
+from livedraft.trainer.publish import Onlooker, Publisher
 
 _log = logging.getLogger(__name__)
 
@@ -51,23 +55,25 @@ class Progress(Record, frozen=True, kw_only=True):
 def run(
     learner: Learner,
     source: TraceSource,
-    registry: Registry,
+    registry: Registry | None,
     settings: Settings,
     stop: threading.Event,
     *,
     parent: str | None = None,
     until_drained: bool = False,
 ) -> None:
-    """Learn from ``source`` until ``stop`` is set; then checkpoint and return.
+    """Learn from ``source`` until ``stop`` is set, on any rank; then checkpoint and return.
 
-    ``parent`` is the registry version that ``learner`` starts from.  ``until_drained`` also returns once the
-    stream has nothing more and all of it is learned.  So does a live version with another draft vocabulary: whoever
-    called goes on with that one.  Lowers this process's priority and sets its threads.
+    A rank without a ``registry`` does not publish.  ``parent`` is the version there that ``learner`` starts from.
+    ``until_drained`` also returns once the stream has nothing more and all of it is learned.  So does a live version
+    with another draft vocabulary: whoever called goes on with that one.  Lowers this process's priority and sets its
+    threads.
     """
     _lower_priority(settings)
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    ranks = learner.ranks
+    checkpoints = Checkpoints(folder / "checkpoints", ranks=ranks)
     checkpoints.load(learner)
 
     def save() -> None:
@@ -77,7 +83,7 @@ def run(
     source.on_release(save)
     source.seek(learner.offsets)
     lineage = checkpoint.lineage(checkpoint.hash_tensors({"d2t": learner.drafter.d2t.numpy()}))
-    publisher = Publisher(registry, folder / "candidates", parent=parent, lineage=lineage)
+    publisher = Publisher(registry, folder / "candidates", parent=parent, lineage=lineage) if registry else Onlooker()
     report = _Report(folder / "progress.json", learner, source, publisher)
     candidates = Candidates(
         gain=settings.publish_gain,
@@ -87,24 +93,24 @@ def run(
     )
     checkpoint_due = _Every(settings.checkpoint_every_s)
     published_at = 0  # what an earlier start learned is offered again: a registry knows weights it has
-    while not (stop.is_set() or publisher.outlived):
+    while not ranks.any(stop.is_set() or publisher.outlived):
         heard = _hear(learner, source)
         if learner.can_learn:
             report.last = learner.step()
             candidates = candidates.learned(learner.pace.level)
-        elif until_drained and not heard and not source.lag():
+        elif until_drained and not heard and not ranks.any(bool(source.lag())):
             break
         if learner.steps > published_at:
-            due, why = candidates.due(learner.pace.level, time.monotonic())
+            due, why = ranks.lead(partial(candidates.due, learner.pace.level, time.monotonic()))
             if due:
                 _log.info("candidate after %d steps: %s", learner.steps, why)
                 publisher.offer(learner, report.metrics)
                 published_at, candidates = learner.steps, candidates.published(time.monotonic())
-        if checkpoint_due():
+        if ranks.lead(checkpoint_due):
             save()
         report()
     save()
-    if learner.steps > published_at and not publisher.outlived:
+    if learner.steps > published_at and not ranks.lead(lambda: publisher.outlived):
         publisher.offer(learner, report.metrics)
     publisher.close()
     report(now=True)
@@ -114,10 +120,7 @@ def _hear(learner: Learner, source: TraceSource) -> bool:
     """Admit what has arrived, waiting for it only when there is nothing to learn."""
     if not learner.appetite:
         return True
-    deliveries = source.poll(timeout=0.0 if learner.can_learn else 0.5, limit=learner.appetite)
-    for delivery in deliveries:
-        learner.admit(delivery)
-    return bool(deliveries)
+    return bool(learner.hear(source.poll(timeout=0.0 if learner.can_learn else 0.5, limit=learner.appetite)))
 
 
 class _Every:
@@ -135,7 +138,7 @@ class _Every:
 
 
 class _Report:
-    def __init__(self, path: Path, learner: Learner, source: TraceSource, publisher: Publisher) -> None:
+    def __init__(self, path: Path, learner: Learner, source: TraceSource, publisher: Publisher | Onlooker) -> None:
         self._path, self._learner, self._source, self._publisher = path, learner, source, publisher
         self._due = _Every(1.0)
         self._start, self._tokens = time.monotonic(), learner.tokens
@@ -150,9 +153,13 @@ class _Report:
         return found
 
     def __call__(self, *, now: bool = False) -> None:
-        if not (now or self._due()):
-            return
         learner, last = self._learner, self.last
+        ranks = learner.ranks
+        if not (now or ranks.lead(self._due)):
+            return
+        lag = sum(ranks.gather(self._source.lag()))
+        if ranks.rank:
+            return
         progress = Progress(
             steps=learner.steps,
             tokens=learner.tokens,
@@ -161,7 +168,7 @@ class _Report:
             tokens_per_s=(learner.tokens - self._tokens) / max(time.monotonic() - self._start, 1e-9),
             offsets=learner.offsets,
             counts=learner.counts,
-            lag=self._source.lag(),
+            lag=lag,
             published=self._publisher.latest,
             at=time.time(),
             mode=learner.pace.mode,

@@ -2,6 +2,9 @@
 
     L = sum_k decay^k / n_k ( sum_committed f_k  +  discard sum_rejected w f_k )      n_k committed rows of step k
 
+Where ranks share a batch, n_k and what else is divided by are of the whole batch (``census``), so that the parts of
+the loss, its gradient and its measurements add up.
+
 f is a weighted sum of terms.  Those of ``kernels.divergence`` judge any node by the target's distribution there; three
 more need committed text and are written below: ``ntp``, ``policy_gradient`` and ``accept_length``.
 
@@ -94,8 +97,21 @@ def accept_length(alpha: Tensor) -> Tensor:
     return (known * (1 - alpha.nan_to_num(1.0).cumprod(1))).sum(1)
 
 
-def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
-    """The objective on one batch, its unroll no deeper than the batch's chains."""
+def census(batch: Batch) -> Tensor:
+    """f64[D, 3] at each step: committed rows, proposals drawn by chance, tokens accepted from those on.  Adds up."""
+    found = torch.zeros(len(batch.steps), 3, dtype=torch.float64)
+    for counted, step in zip(found, batch.steps, strict=True):
+        acting = step.proposal >= 0
+        counted[0], counted[1], counted[2] = (~step.rejected).sum(), acting.sum(), step.accepted[acting].sum()
+    return found
+
+
+def loss(drafter: Drafter, batch: Batch, objective: Objective, whole: Tensor | None = None) -> Loss:
+    """The objective on one batch, its unroll no deeper than the batch's chains.
+
+    ``whole`` is the ``census`` of the batch that this one is a part of, if it is.
+    """
+    whole = census(batch) if whole is None else whole
     total = drafter.norm.weight.sum() * 0
     depth = min(objective.unroll, len(batch.steps))
     divergence, overlap = torch.zeros(2, depth)
@@ -108,11 +124,11 @@ def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
         step = batch.steps[k]
         normed = drafter.norm(hidden)
         committed = ~step.rejected
-        count = max(int(committed.sum()), 1)
+        count = max(int(whole[k, 0]), 1)
         weight = committed.to(hidden.dtype) / count
         if lines:
             weight = weight + step.rejected * (objective.discard / count) * lines.weights(k)[step.rows]
-        found = _judge(drafter, normed, step, weight, objective)
+        found = _judge(drafter, normed, step, weight, objective, whole[k])
         total = total + objective.decay**k * found.total
         divergence[k] = forward_kl(found.p, found.log_q.detach())[committed].sum() / count
         alpha = acceptance(found.p, found.log_q)[committed]
@@ -126,7 +142,7 @@ def loss(drafter: Drafter, batch: Batch, objective: Objective) -> Loss:
         if lines:
             lines.remember(normed.detach(), step, found.log_normaliser)
     if alphas:
-        known = max(int((~alphas[0].isnan()).sum()), 1)
+        known = max(int(whole[0, 0]), 1)
         total = total + objective.terms["accept_length"] * accept_length(torch.stack(alphas, 1)).sum() / known
     by_lesson = 1 + (agreed / counted.clamp(min=1)).cumprod(0).sum(0)
     return Loss(total, divergence, overlap, by_lesson)
@@ -142,7 +158,9 @@ class _Judged:
     log_normaliser: Tensor
 
 
-def _judge(drafter: Drafter, normed: Tensor, step: Supervision, weight: Tensor, objective: Objective) -> _Judged:
+def _judge(
+    drafter: Drafter, normed: Tensor, step: Supervision, weight: Tensor, objective: Objective, whole: Tensor
+) -> _Judged:
     """The terms that are sums over rows, on one level, where a divergence weighs f[n] ``weight``."""
     target, terms = step.target, objective.terms
     p, named = target.buckets, target.ids.shape[1]
@@ -151,7 +169,7 @@ def _judge(drafter: Drafter, normed: Tensor, step: Supervision, weight: Tensor, 
     ids, following = _name(target.ids, step.following) if "ntp" in terms else (target.ids, None)
     ids, proposal = _name(ids, step.proposal) if "policy_gradient" in terms else (ids, None)
     known = terms.get("ntp", 0) * (step.following >= 0)
-    acting, advantage = _actions(step)
+    acting, advantage = _actions(step, whole)
     acting = terms.get("policy_gradient", 0) * acting
 
     def rule(rows: slice, log_q: Tensor) -> Tensor:
@@ -193,15 +211,15 @@ def _on_target(log_q: Tensor, named: int) -> Tensor:
     return torch.cat([log_q[:, :named], log_q[:, named:].logsumexp(1, keepdim=True)], 1)
 
 
-def _actions(step: Supervision) -> tuple[Tensor, Tensor]:
+def _actions(step: Supervision, whole: Tensor) -> tuple[Tensor, Tensor]:
     """Of ``policy_gradient``: f[n] weight that makes its mean one over proposals, and f[n] advantage.
 
     The return of a proposal is how many tokens were accepted from it on, the baseline their mean at this depth.
     """
+    committed, proposals, returns = whole.tolist()
     acting = (step.proposal >= 0).to(step.accepted.dtype)
-    count = acting.sum().clamp(min=1)
-    committed = (~step.rejected).sum()
-    return acting * committed / count, step.accepted - (acting * step.accepted).sum() / count
+    count = max(proposals, 1)
+    return acting * committed / count, step.accepted - returns / count
 
 
 class _Lines:

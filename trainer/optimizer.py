@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from livedraft.contracts.settings import Trainer as Settings
 from livedraft.trainer.model import Drafter
+from livedraft.trainer.ranks import Ranks
 from torch import Tensor
 
 #: Quintic Newton-Schulz coefficients, and iterations (Jordan 2024): singular values end between about 0.7 and 1.2.
@@ -36,10 +37,16 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised, for matrices."""
+    """Nesterov momentum, orthogonalised, for matrices.
 
-    def __init__(self, matrices: list[Tensor], dtype: torch.dtype, *, momentum: float = 0.95) -> None:
+    A matrix that ranks keep in parts is orthogonalised whole, by each of them, and each moves its part.
+    """
+
+    def __init__(
+        self, matrices: list[Tensor], dtype: torch.dtype, *, momentum: float = 0.95, ranks: Ranks | None = None
+    ) -> None:
         self.rate = 0.0
+        self._ranks = ranks or Ranks()
         self.state: dict[Tensor, dict[str, Tensor]] = {m: {"momentum_buffer": torch.zeros_like(m)} for m in matrices}
         self._dtype = dtype
         self._momentum = momentum
@@ -50,14 +57,16 @@ class Muon:
         for matrix, state in self.state.items():
             if matrix.grad is not None:
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - self._momentum)
-                ahead = orthogonalised(matrix.grad.lerp(mean, self._momentum), self._dtype)
+                ahead = self._ranks.whole(matrix.grad.lerp(mean, self._momentum))
+                ahead = self._ranks.share(orthogonalised(ahead, self._dtype), matrix)
                 matrix.add_(ahead, alpha=-self.rate * 0.2 * max(matrix.shape) ** 0.5)
 
 
 class Optimizer:
     """One step at a time for what requires a gradient; ``state`` and ``restore`` speak in parameter names."""
 
-    def __init__(self, drafter: Drafter, settings: Settings) -> None:
+    def __init__(self, drafter: Drafter, settings: Settings, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks = ranks or Ranks()
         self._parameters = {name: p for name, p in drafter.named_parameters() if p.requires_grad}
         self._settings = settings
         matrices: list[Tensor] = []
@@ -65,7 +74,7 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             if parameter is not drafter.fc.weight:
                 (matrices if name.startswith("midlayer") and parameter.dim() == 2 else others).append(parameter)
-        self._muon = Muon(matrices, torch.bfloat16 if drafter.low_precision else torch.float32)
+        self._muon = Muon(matrices, torch.bfloat16 if drafter.low_precision else torch.float32, ranks=ranks)
         self._adam = torch.optim.AdamW(
             [{"params": others}, {"params": [drafter.fc.weight]}],
             lr=settings.learning_rate,
@@ -79,7 +88,7 @@ class Optimizer:
         False, and nothing moved, when a gradient is not finite.
         """
         settings = self._settings
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip)
+        norm = self._ranks.whole(torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip))
         if not norm.isfinite():
             return False
         warm = min(1.0, (number + 1) / max(settings.warmup_steps, 1))
@@ -110,7 +119,8 @@ class Optimizer:
         for key, value in tensors.items():
             moment, name = key.split("/", 1)
             parameter = self._parameters[name]
-            self._of(parameter).state[parameter][moment] = value
+            share = self._ranks.share(value, parameter) if value.shape == parameter.shape else value
+            self._of(parameter).state[parameter][moment] = share
 
     def _of(self, parameter: Tensor) -> Muon | torch.optim.Optimizer:
         return self._muon if parameter in self._muon.state else self._adam

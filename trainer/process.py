@@ -12,6 +12,7 @@ from livedraft.trainer.learner import Learner, TargetId, low_precision
 from livedraft.trainer.loop import run
 from livedraft.trainer.model import Drafter
 from livedraft.trainer.prefill import Prefill
+from livedraft.trainer.ranks import Ranks
 from livedraft.trainer.target import read_target
 
 
@@ -22,15 +23,17 @@ def main(
     drafter_folder: Path,
     version: str | None,
     source: TraceSource,
-    registry: Registry,
+    registry: Registry | None,
     held_out: float,
     stop: threading.Event,
     until_drained: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Learn from ``source``, starting at the drafter in ``drafter_folder`` (registry version ``version``).
 
     A checkpoint in ``settings.folder`` goes before it.  ``stop`` ends the step in hand, saves and returns; the
-    target's identity is the drafter's manifest's.  Raises DrafterRejected or SettingsError before it starts.
+    target's identity is the drafter's manifest's.  Of several ``ranks`` each calls it, the first with a registry.
+    Raises DrafterRejected or SettingsError before it starts.
     """
     _, manifest = checkpoint.verify(drafter_folder)
     identity = TargetId(
@@ -45,6 +48,7 @@ def main(
         held_out=held_out,
         layers=target.feature_layers,
         prefill=prefill_of(target_folder, settings),
+        ranks=ranks,
     )
     run(learner, source, registry, settings, stop, parent=version, until_drained=until_drained)
 

@@ -18,6 +18,20 @@ from livedraft.trainer.learner import Learner
 _log = logging.getLogger(__name__)
 
 
+class Onlooker:
+    """A publisher's place on ranks that do not publish: they take part in putting the candidate together."""
+
+    latest: str | None = None
+    outlived = False
+
+    def offer(self, learner: Learner, metrics: dict[str, float]) -> None:
+        """As ``Publisher.offer``, without a folder."""
+        learner.candidate()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Nothing waits."""
+
+
 class Publisher:
     """Publishes candidates on a thread of its own; a newer one replaces one still waiting.
 

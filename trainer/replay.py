@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from livedraft.contracts.messages import Record, Trace
+from livedraft.trainer.notice import Notice
+
+#: A trace, or what is known of one that another rank holds.
+Kept = Trace | Notice
 
 
 class ReplayState(Record, frozen=True, kw_only=True):
@@ -28,7 +32,7 @@ class ReplayState(Record, frozen=True, kw_only=True):
 
 @dataclass
 class _Recent:
-    trace: Trace
+    trace: Kept
     uses: int = 0
 
 
@@ -46,19 +50,19 @@ class Replay:
         self._fresh_share = fresh_share
         self._rehearse_share = rehearse_share
         self._recent: deque[_Recent] = deque()
-        self._memory: dict[str, list[Trace]] = {}
+        self._memory: dict[str, list[Kept]] = {}
         self._offered: dict[str, int] = {}
         #: Traces that left without ever being trained on: traffic outran the trainer.
         self.unused = 0
         #: How many of the last sample, its first, had not been drawn before.
         self.new = 0
 
-    def __iter__(self) -> Iterator[Trace]:
+    def __iter__(self) -> Iterator[Kept]:
         yield from (kept.trace for kept in self._recent)
         for traces in self._memory.values():
             yield from traces
 
-    def add(self, trace: Trace, rng: random.Random) -> None:
+    def add(self, trace: Kept, rng: random.Random) -> None:
         """Take a new trace; the oldest recent one may move to memory."""
         self._recent.append(_Recent(trace))
         if len(self._recent) > self._room:
@@ -66,14 +70,14 @@ class Replay:
             self.unused += leaving.uses == 0
             self._remember(leaving.trace, rng)
 
-    def exchange(self, traces: Mapping[str, Trace]) -> None:
+    def exchange(self, traces: Mapping[str, Kept]) -> None:
         """Hold ``traces``, by id, in place of those of the same ids."""
         for kept in self._recent:
             kept.trace = traces.get(kept.trace.trace_id, kept.trace)
         for held in self._memory.values():
             held[:] = [traces.get(trace.trace_id, trace) for trace in held]
 
-    def discard(self, unfit: Callable[[Trace], bool]) -> None:
+    def discard(self, unfit: Callable[[Kept], bool]) -> None:
         """Let go of every trace that is ``unfit``."""
         self._recent = deque(kept for kept in self._recent if not unfit(kept.trace))
         for held in self._memory.values():
@@ -93,7 +97,7 @@ class Replay:
         usable = [kept for kept in self._usable() if not (new and kept.uses)]
         return len(usable) >= size - self._rehearsals(size)
 
-    def sample(self, size: int, rng: random.Random, *, fresh_share: float | None = None) -> list[Trace]:
+    def sample(self, size: int, rng: random.Random, *, fresh_share: float | None = None) -> list[Kept]:
         """A batch of ``size`` traces, no recent one twice.  Call only while ``can_sample(size)``.
 
         At most ``fresh_share`` of it (the constructor's by default) is new while used ones are left to fill the rest,
@@ -122,7 +126,7 @@ class Replay:
             unused=self.unused,
         )
 
-    def restore(self, state: ReplayState, traces: Mapping[str, Trace]) -> None:
+    def restore(self, state: ReplayState, traces: Mapping[str, Kept]) -> None:
         """Become what ``state`` was taken of.  Raises KeyError when a trace is missing."""
         self._recent = deque(_Recent(traces[name], uses) for name, uses in state.recent)
         self._memory = {domain: [traces[name] for name in names] for domain, names in state.memory.items()}
@@ -135,11 +139,11 @@ class Replay:
     def _rehearsals(self, size: int) -> int:
         return min(int(size * self._rehearse_share), sum(map(len, self._memory.values())))
 
-    def _rehearse(self, count: int, rng: random.Random) -> list[Trace]:
+    def _rehearse(self, count: int, rng: random.Random) -> list[Kept]:
         domains = [domain for domain, traces in self._memory.items() if traces]
         return [rng.choice(self._memory[rng.choice(domains)]) for _ in range(count)]
 
-    def _remember(self, trace: Trace, rng: random.Random) -> None:
+    def _remember(self, trace: Kept, rng: random.Random) -> None:
         """Reservoir sampling (Vitter 1985, algorithm R) within the trace's domain."""
         traces = self._memory.setdefault(trace.domain, [])
         self._offered[trace.domain] = seen = self._offered.get(trace.domain, 0) + 1

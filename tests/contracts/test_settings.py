@@ -101,9 +101,10 @@ def test_an_objective_is_a_name_or_a_table(tmp_path: Path, line: str, terms: dic
         ("discard = -0.1", r"discard: -0.1"),
         ("discard_depth = -1", r"discard_depth: -1"),
         ("importance_cap = 0.0", r"importance_cap: 0.0, expected a number above 0"),
+        ('parallel = "tp"', r"parallel: 'tp', expected one of ddp, fsdp2"),
     ],
 )
-def test_a_wrong_objective_is_refused_with_what_was_expected(tmp_path: Path, line: str, said: str) -> None:
+def test_a_wrong_setting_of_the_trainer_is_refused_with_what_was_expected(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "a.toml"
     path.write_text(f"[trainer]\n{line}\n")
     with pytest.raises(SettingsError, match=said):

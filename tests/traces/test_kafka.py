@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from livedraft.contracts.errors import StreamUnavailable, TraceError
+from livedraft.contracts.errors import SettingsError, StreamUnavailable, TraceError
 from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Trace
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.traces.chunks import split
@@ -52,8 +52,8 @@ def used(items: list[Delivery]) -> Offsets:
 def open_source(broker_address: str) -> Iterator[Callable[..., KafkaSource]]:
     opened: list[KafkaSource] = []
 
-    def open_source(settings: Kafka, group: str = "g") -> KafkaSource:
-        opened.append(KafkaSource([broker_address], settings, group))
+    def open_source(settings: Kafka, group: str = "g", share: tuple[int, int] | None = None) -> KafkaSource:
+        opened.append(KafkaSource([broker_address], settings, group, share))
         return opened[-1]
 
     yield open_source
@@ -216,6 +216,47 @@ def test_two_consumers_share_the_partitions_and_use_each_trace_once(
     everything = both[0].used + both[1].used
     assert sorted(everything, key=lambda t: int(t[1:])) == [f"t{seed}" for seed in range(300)]
     assert both[1].used
+
+
+def test_ranks_have_fixed_partitions_whose_offsets_go_on_in_any_number_of_ranks(
+    broker_address: str, kafka_settings: MakeSettings, open_source: Callable[..., KafkaSource], make_trace: Any
+) -> None:
+    settings = kafka_settings()
+    publish(broker_address, settings, [make_trace(seed) for seed in range(24)])
+    offsets: Offsets = {}
+    trained: list[str] = []
+    shares: list[set[str]] = []
+    for rank in range(2):
+        source = open_source(settings, share=(rank, 2))
+        source.seek({})
+        shares.append(source.partitions)
+        found = source.poll(5.0)
+        while source.lag():
+            found += source.poll(0.2)
+        offsets |= used(found)
+        trained += traces_of(found)
+        source.commit(offsets)
+        source.close()
+    topic = f"{settings.prefix}.traces"
+    assert shares == [{f"{topic}/0", f"{topic}/2"}, {f"{topic}/1", f"{topic}/3"}]
+    assert len(trained) == len(set(trained)) == 24
+    publish(broker_address, settings, [make_trace(seed) for seed in range(24, 30)])
+    again = [open_source(settings, share=(rank, 3)) for rank in range(3)]
+    assert again[0].committed() == offsets
+    later: list[Delivery] = []
+    for source in again:
+        source.seek(offsets)
+    deadline = time.monotonic() + 30
+    while len(later) < 6 and time.monotonic() < deadline:
+        later += [item for source in again for item in source.poll(0.1)]
+    assert sorted(traces_of(later)) == sorted(make_trace(seed).trace_id for seed in range(24, 30))
+
+
+def test_a_rank_without_a_partition_says_so(
+    kafka_settings: MakeSettings, open_source: Callable[..., KafkaSource]
+) -> None:
+    with pytest.raises(SettingsError, match="has 4 partitions, expected at least one for each of 5 ranks"):
+        open_source(kafka_settings(), share=(4, 5))
 
 
 def test_a_consumer_that_looks_in_seldom_and_briefly_gets_its_share(

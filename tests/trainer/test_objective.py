@@ -18,7 +18,7 @@ from livedraft.trainer import objective
 from livedraft.trainer.batch import pack
 from livedraft.trainer.lesson import Lesson, Rejections, lesson
 from livedraft.trainer.model import Drafter
-from livedraft.trainer.objective import Objective, loss
+from livedraft.trainer.objective import Objective, census, loss
 from livedraft.trainer.unroll import unroll
 from torch import Tensor
 
@@ -286,3 +286,29 @@ def test_the_drafter_learns_a_trace_by_heart(drafter: Drafter, random_trace: Tra
         optimizer.step()
         lengths.append(found.accept_length)
     assert lengths[-1] > lengths[0] + 0.6
+
+
+@pytest.mark.parametrize("term", [*DIVERGENCES, *ON_COMMITTED_TEXT])
+def test_parts_of_a_batch_add_up_to_the_whole(drafter: Drafter, random_trace: TraceMaker, term: str) -> None:
+    """As ranks share it: unequal parts, one of them without a single proposal, the divisors of all together."""
+    drafter.double()
+    traces = [random_trace(1), random_trace(2, tokens=30), random_trace(3), random_trace(4, temperature=0.0)]
+    lessons = [exact(lesson(trace, 3, rejections=Rejections())) for trace in traces]
+    aim = Objective(unroll=3, terms={term: 1.0}, discard=0.1 if term in DIVERGENCES else 0.0)
+
+    def learn(*parts: list[Lesson]) -> tuple[Tensor, ...]:
+        batches = [pack(part, drafter.draft_row) for part in parts]
+        counted = torch.stack([census(batch) for batch in batches]).sum(0)
+        found = [loss(drafter, batch, aim, counted) for batch in batches]
+        drafter.zero_grad()
+        for one in found:
+            torch.autograd.backward(one.total)
+        total = torch.stack([one.total.detach() for one in found]).sum()
+        measured = [torch.stack([getattr(one, n) for one in found]).sum(0) for n in ("divergence", "overlap")]
+        by_lesson = torch.cat([one.by_lesson for one in found])
+        return total, *measured, by_lesson, *(p.grad.clone() for p in drafter.parameters() if p.grad is not None)
+
+    whole = learn(lessons)
+    assert torch.equal(whole[0], loss(drafter, pack(lessons, drafter.draft_row), aim).total)
+    for found, expected in zip(learn(lessons[:3], lessons[3:]), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
