@@ -30,6 +30,7 @@ import torch
 from livedraft.cli.prompts import held_out_prompts
 from livedraft.cli.provenance import provenance, write
 from livedraft.contracts import checkpoint
+from livedraft.contracts.errors import DrafterRejected
 from livedraft.contracts.messages import SwapRequest
 from livedraft.serving.local import place
 from rich.console import Console
@@ -39,7 +40,7 @@ from tests.traffic import traffic
 
 from . import overhead
 from .plugged import engine
-from .server import TARGET, Device, Server, Speculation, serving
+from .server import START_S, TARGET, Device, Server, Speculation, serving
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -63,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> None:
         console.print("asking a server without speculation")
         with serving(folder, target=target, device=asked.device) as plain:
             expected = _answers(plain, [*prompts, *unseen], _TOKENS)
-        on = {"target": target, "device": asked.device}
+        on: dict[str, Any] = {"target": target, "device": asked.device}
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "capture": lambda: overhead.measure(other, repeats=asked.repeats, console=console, **on),
             "swap": lambda: exchange(folder, [other, first], prompts, expected, asked.swaps, **on),
@@ -114,6 +115,11 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--device cuda: no CUDA device is there for torch {torch.__version__}")
         if "livedraft" not in entry_points(group="sglang.srt.plugins").names:
             parser.error('--device cuda: SGLang would not find the plugin; pip install --editable ".[sglang]"')
+    if asked.drafter is not None:
+        try:
+            checkpoint.verify(asked.drafter)
+        except DrafterRejected as error:
+            parser.error(f"--drafter {asked.drafter}: {error}; `livedraft drafts import` makes one of a published one")
     return asked
 
 
@@ -152,7 +158,7 @@ def exchange(
     """Exchange drafters while eight requests run; how long tokens waited around an exchange, and otherwise."""
     failures, answers, ended = list[str](), list[tuple[str, list[int], list[float]]](), threading.Event()
     with engine(folder, Speculation(drafters[-1]), target=target, device=device) as one:
-        one.started()
+        one.started(START_S[device])
 
         def ask(offset: int) -> None:
             for prompt in itertools.islice(itertools.cycle(prompts), offset, None):

@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from livedraft.cli.provenance import provenance
 from rich.console import Console
 from rich.progress import track
 
+from .plugged import engine
 from .relay import Relay
-from .server import TARGET, Device, Server, Speculation, serving
+from .server import START_S, TARGET, Device, Server, Speculation, serving
 
 _TOKENS = 48
 
@@ -55,9 +55,11 @@ def measure(
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
         relay = held.enter_context(contextlib.closing(Relay()))
-        start = partial(serving, folder, speculation, target=target, device=device)
-        ours = held.enter_context(start(environment={"LIVEDRAFT_TRACES__URL": relay.url}, plugins=["livedraft"]))
-        plain = held.enter_context(start())
+        on: dict[str, Any] = {"target": target, "device": device}
+        captured = held.enter_context(engine(folder, speculation, LIVEDRAFT_TRACES__URL=relay.url, **on))
+        captured.started(START_S[device])  # only then it begins to record
+        ours = captured.server
+        plain = held.enter_context(serving(folder, speculation, **on))
         kinds = {"plain": (plain, {}), "untraced": (ours, {"traced": False}), "traced": (ours, {})}
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         turns = range(-1, repeats)  # the first is for warmth
@@ -66,10 +68,12 @@ def measure(
                 rate = _rate(*kinds[kind])
                 if repeat >= 0:
                     rates[kind].append(rate)
+        status = captured.started()
     return {
         "tokens_per_second": {kind: round(statistics.median(r), 1) for kind, r in rates.items()},
         "overhead_of_capture": _overhead(rates["untraced"], rates["traced"]),
         "overhead_in_all": _overhead(rates["plain"], rates["traced"]),
+        "traces": {"offered": status.traces_offered, "dropped": status.traces_dropped},
         "repeats": repeats,
         "topk": topk,
     }

@@ -30,14 +30,15 @@ from livedraft.cli.ports import free_port
 
 TARGET = Path(__file__).parents[2] / "models" / "tiny"
 SHIM = Path(__file__).parent / "shim"
-#: Seconds: alone a start takes about 20, beside other work several times that.
-_START_S = 240.0
 #: SGLang looks for the signal every 5 seconds, and waits for its schedulers.
 _STOP_S = 60.0
 #: What is left of it gives semaphores back first.
 _ORPHANED_S = 0.5
 _LAST_LINES = 40
 Device = Literal["cpu", "cuda"]
+#: Seconds until it answers: on a CPU about 20 alone, beside other work several times that; on a GPU a large model is
+#: read, kernels are compiled and graphs captured.
+START_S: dict[Device, float] = {"cpu": 240.0, "cuda": 1800.0}
 #: On processors without AMX only backends named for each phase stay what they are: `torch_native`, which SGLang
 #: sets instead, cannot speculate.
 _SPECULATING_ON_CPU = (
@@ -204,7 +205,7 @@ def serving(
         )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
-        _await_health(server)
+        _await_health(server, START_S[device])
         yield server
     finally:
         server.kill()
@@ -215,8 +216,8 @@ def _failure(server: Server, what: str) -> RuntimeError:
     return RuntimeError("\n".join([f"SGLang {what}; {server.log}:", *end]))
 
 
-def _await_health(server: Server) -> None:
-    deadline = time.monotonic() + _START_S
+def _await_health(server: Server, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if (status := server.process.poll()) is not None:
             raise _failure(server, f"ended with status {status}")
@@ -224,4 +225,4 @@ def _await_health(server: Server) -> None:
             urllib.request.urlopen(f"{server.url}/health", timeout=10).close()
             return
         time.sleep(0.25)
-    raise _failure(server, f"did not answer within {_START_S:.0f} s")
+    raise _failure(server, f"did not answer within {within_s:.0f} s")

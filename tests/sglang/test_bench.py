@@ -26,6 +26,7 @@ def test_parts_are_run_in_their_order() -> None:
         (["--drafter", "folder"], "--target and --drafter go together"),
         (["--target", "Qwen/Qwen3-8B", "--drafter", "folder"], "--parts loop: runs with --device cpu and the bundled"),
         (["--device", "cuda", "--parts", "loop"], "--parts loop: runs with --device cpu"),
+        (["--target", "x", "--drafter", "nowhere", "--parts", "swap"], "--drafter nowhere: "),
         (["--swaps", "1"], "--swaps and --repeats: expected 2 or more"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
