@@ -171,6 +171,7 @@ class Capture:
             self._queue.put(None)
             self._thread.join()
         if self._sink is not None:
+            log.info("livedraft ends: a relay that is there gets the traces that still wait")
             self._sink.close()
 
     # ---- Counters

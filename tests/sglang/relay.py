@@ -20,10 +20,13 @@ class Relay:
     >>> relay.take(["a", "b"])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, url: str = "") -> None:
+        """Where another was, at ``url``."""
         self._context = zmq.Context()
         socket = self._context.socket(zmq.PULL)
-        self.url = f"relay+tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
+        if url:
+            socket.bind(url.removeprefix("relay+"))
+        self.url = url or f"relay+tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
         self._traces: dict[str, Trace] = {}
         self._changed = threading.Condition()
         self._closing = threading.Event()

@@ -292,6 +292,27 @@ def test_retraction_and_changing_depths(
     assert any((to_numpy(t.rounds.size)[1:] == 0).any() for t in traces)
 
 
+def test_what_waits_in_the_plugin_is_sent_when_sglang_is_told_to_end(
+    adaptive: tuple[Server, Relay], prompts: list[str]
+) -> None:
+    """The relay is away until the plugin closes; it is the last test of ``adaptive``."""
+    server, relay = adaptive
+    relay.close()
+    names = [f"late-{n}" for n in range(len(prompts))]
+    bodies = [{"text": p, "rid": n, "sampling_params": sampling()} for p, n in zip(prompts, names, strict=True)]
+    answers = ask(server, bodies)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(server.terminate)
+        while "livedraft ends" not in server.log.read_text():
+            assert not ended.done(), "it ended, and the plugin heard nothing of it"
+            time.sleep(0.05)
+        with contextlib.closing(Relay(relay.url)) as back:
+            assert ended.result() == 0
+            traces = back.take(names, timeout=1)
+    for answer, told in zip(answers, traces, strict=True):
+        assert to_numpy(told.output).tolist() == answer["output_ids"]
+
+
 def test_too_little_room_gives_up_the_youngest_and_tells_the_others_whole(
     tmp_path: Path, trained_drafter: Path, prompts: list[str]
 ) -> None:
