@@ -112,7 +112,8 @@ class Publisher:
                 job = self._waiting
             if job is None and self._closing:
                 return
-            self._look()
+            if not self._closing:
+                self._look()
             if self.outlived:
                 with self._changed:
                     self._waiting = job = None
