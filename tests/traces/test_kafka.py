@@ -147,7 +147,7 @@ def test_a_message_can_be_routed_unread(broker_address: str, kafka_settings: Mak
     records = [r for _ in range(20) for batch in consumer.poll(200).values() for r in batch]
     consumer.close()
     assert [r.key for r in records] == [b"r1"]
-    assert dict(records[0].headers) == {"schema": b"1.0", "target": b"tiny@1", "drafter": b"8", "tenant": b"acme"}
+    assert dict(records[0].headers) == {"schema": b"1.1", "target": b"tiny@1", "drafter": b"8", "tenant": b"acme"}
 
 
 def test_topics_are_created_once_with_what_the_settings_say(broker_address: str, kafka_settings: MakeSettings) -> None:
@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_a_dead_letter_and_a_copy_of_it_lies_with_the_rea
     assert [h["offset"] for h in headers] == [b"0", b"2", b"3"]
     assert headers[0]["tenant"] == b"acme"
     assert b"expected b'LDTR'" in headers[0]["reason"]
-    assert b"schema 9.0" in headers[1]["reason"]
+    assert b"schema 9.1" in headers[1]["reason"]
 
 
 def test_two_consumers_share_the_partitions_and_use_each_trace_once(
