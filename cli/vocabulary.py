@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -12,15 +13,26 @@ import typer
 from livedraft.cli.console import ConfigOption, output, progress_output, settings_from
 from livedraft.contracts.errors import NotFound, SettingsError
 from livedraft.contracts.messages import Manifest, Offsets, Trace
+from livedraft.contracts.ports import Registry
 from livedraft.contracts.settings import Settings
 from msgspec.structs import replace
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     import numpy as np
+    from livedraft.contracts.checkpoint import DrafterConfig
 
 #: Fewer traces than this say little about thousands of tokens.
 _LEAST_TRACES = 8
+
+
+class _Drafter(NamedTuple):
+    """A registered drafter."""
+
+    version: str
+    config: DrafterConfig
+    manifest: Manifest
+    tensors: dict[str, np.ndarray]
 
 
 class _Counted(NamedTuple):
@@ -59,11 +71,9 @@ def refresh(
     Example: livedraft drafts refresh-vocabulary --dry-run
     """
     import numpy as np
-    from livedraft.cli.drafts import find
     from livedraft.cli.wiring_registry import open_registry
     from livedraft.contracts import checkpoint
     from livedraft.serving.local import place
-    from livedraft.swap.controller import REFRESHED
     from livedraft.trainer.target import end_tokens, read_target
     from livedraft.trainer.vocabulary import most_frequent, with_vocabulary
 
@@ -73,58 +83,80 @@ def refresh(
     registry = open_registry(settings.registry)
     with _bar() as bar:
         task = bar.add_task("asking the registry", total=None)
-        parent = find(registry, version).version
-        folder_of_target = place.find(settings.engine.target)
-        with tempfile.TemporaryDirectory(prefix="livedraft-") as scratch:
-            folder = registry.fetch(parent, Path(scratch))
-            shapes, manifest = checkpoint.verify(folder, target_revision=place.revision(folder_of_target))
-            tensors = checkpoint.load(folder)
-        if shapes.draft_vocab_size == shapes.vocab_size:
-            raise SettingsError(
-                f"version {parent} can propose all {shapes.vocab_size:,} tokens; nothing is to be chosen"
-            )
+        target = place.find(settings.engine.target)
+        parent = _fetch(registry, version, place.revision(target))
         bar.remove_task(task)
-        counted = _count(settings, manifest, shapes.vocab_size, records, bar)
-        before = tensors["d2t"] + np.arange(shapes.draft_vocab_size)
-        kept = most_frequent(counted.counts, shapes.draft_vocab_size, end_tokens(folder_of_target), before)
-        covered = [float(counted.counts[ids].sum() / counted.counts.sum()) for ids in (before, kept)]
+        counted = _count(settings, parent.manifest, parent.config.vocab_size, records, bar)
+        before = parent.tensors["d2t"] + np.arange(parent.config.draft_vocab_size)
+        kept = most_frequent(counted.counts, len(before), end_tokens(target), before)
+        covered, covers = (float(counted.counts[ids].sum() / counted.counts.sum()) for ids in (before, kept))
         new = len(np.setdiff1d(kept, before))
         output().print(
-            f"{counted.traces:,} traces: version {parent} can propose {covered[0]:.1%} of what the target says, "
-            f"{covered[1]:.1%} with {new:,} of {len(kept):,} tokens exchanged"
+            f"{counted.traces:,} traces: version {parent.version} can propose {covered:.1%} of what the target says, "
+            f"{covers:.1%} with {new:,} of {len(kept):,} tokens exchanged"
         )
         if dry_run or not new:
             output().print("nothing written" if new else "they are the most frequent ones already; nothing written")
             return
         bar.add_task("writing the drafter", total=None)
-        refreshed = with_vocabulary(tensors, kept, read_target(folder_of_target).head.numpy())
-        hashes = checkpoint.hash_tensors(refreshed)
-        lineage = checkpoint.lineage(hashes)
-        place_of_it = (out or Path(settings.trainer.folder) / f"vocabulary-{lineage}").resolve()
-        about = replace(
-            manifest,
-            tensors={},
-            parent=parent,
-            vocabulary="refreshed",
-            # Its words were chosen by these traces, so they are no fair test of it.
-            offsets={
-                name: max(manifest.offsets.get(name, 0), counted.offsets.get(name, 0))
-                for name in manifest.offsets.keys() | counted.offsets.keys()
-            },
-            created_at=time.time(),
-        )
-        _require_free(place_of_it)
-        half = Path(tempfile.mkdtemp(prefix=f".{place_of_it.name}-", dir=_made(place_of_it.parent))) / "drafter"
-        try:
-            written = checkpoint.write(half, shapes, refreshed, about)
-            measured = {"covered_before": covered[0], "covered_after": covered[1], "tokens_exchanged": float(new)}
-            published = registry.publish(half, written, measured).version
-            registry.point(REFRESHED, published)
-            half.rename(place_of_it)
-        finally:
-            shutil.rmtree(half.parent, ignore_errors=True)
+        refreshed = with_vocabulary(parent.tensors, kept, read_target(target).head.numpy())
+        lineage = checkpoint.lineage(checkpoint.hash_tensors(refreshed))
+        folder = (out or Path(settings.trainer.folder) / f"vocabulary-{lineage}").resolve()
+        measured = {"covered_before": covered, "covered_after": covers, "tokens_exchanged": float(new)}
+        published = _publish(registry, folder, parent, refreshed, counted.offsets, measured)
     output().print(f"registered as version {published}, lineage {lineage}, for the gate to judge", style="green")
-    output().print(f"SGLang must be started again for it: --speculative-draft-model-path {place_of_it}", style="dim")
+    output().print(f"SGLang must be started again for it: --speculative-draft-model-path {folder}", style="dim")
+
+
+def _fetch(registry: Registry, version: str, target_revision: str) -> _Drafter:
+    """Raises SettingsError for a drafter that can propose everything."""
+    from livedraft.cli.drafts import find
+    from livedraft.contracts import checkpoint
+
+    number = find(registry, version).version
+    with tempfile.TemporaryDirectory(prefix="livedraft-") as scratch:
+        folder = registry.fetch(number, Path(scratch))
+        config, manifest = checkpoint.verify(folder, target_revision=target_revision)
+        tensors = checkpoint.load(folder)
+    if config.draft_vocab_size == config.vocab_size:
+        raise SettingsError(f"version {number} can propose all {config.vocab_size:,} tokens; nothing is to be chosen")
+    return _Drafter(number, config, manifest, tensors)
+
+
+def _publish(
+    registry: Registry,
+    folder: Path,
+    parent: _Drafter,
+    tensors: Mapping[str, np.ndarray],
+    counted: Offsets,
+    measured: dict[str, float],
+) -> str:
+    """The version of a candidate for the gate, which also lies in ``folder``, whole or not at all."""
+    from livedraft.contracts import checkpoint
+    from livedraft.swap.controller import REFRESHED
+
+    about = replace(
+        parent.manifest,
+        tensors={},
+        parent=parent.version,
+        vocabulary="refreshed",
+        # Its words were chosen by these traces, so they are no fair test of it.
+        offsets={
+            name: max(parent.manifest.offsets.get(name, 0), counted.get(name, 0))
+            for name in parent.manifest.offsets.keys() | counted.keys()
+        },
+        created_at=time.time(),
+    )
+    _require_free(folder)
+    half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=_made(folder.parent))) / "drafter"
+    try:
+        written = checkpoint.write(half, parent.config, tensors, about)
+        published = registry.publish(half, written, measured).version
+        registry.point(REFRESHED, published)
+        half.rename(folder)
+    finally:
+        shutil.rmtree(half.parent, ignore_errors=True)
+    return published
 
 
 def _count(settings: Settings, manifest: Manifest, vocab_size: int, records: int, bar: Progress) -> _Counted:
