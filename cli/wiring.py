@@ -326,6 +326,7 @@ def train(settings: Settings, stop: threading.Event) -> None:
                 stop=stop,
                 ranks=ranks,
             )
+    ranks.leave()
 
 
 def _source_of(settings: Settings, ranks: Ranks) -> TraceSource:

@@ -93,6 +93,8 @@ class Site:
             [
                 sys.executable,
                 "-c",
+                # A runner in the background may have started us deaf to interrupts.
+                "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
                 "from tests.cli.conftest import app; app()",
                 *arguments,
                 "--config",

@@ -54,8 +54,8 @@ def test_candidates_and_decisions_are_announced_as_published(broker_address: str
     announcer.close()
     drafts = messages(broker_address, f"{settings.prefix}.drafts", 1)
     swaps = messages(broker_address, f"{settings.prefix}.swaps", 1)
-    assert drafts == [(b"7", (GOLDEN / "draft_v1.json").read_bytes(), {"schema": b"1.0"})]
-    assert swaps == [(b"7", (GOLDEN / "decision_v1.json").read_bytes(), {"schema": b"1.0"})]
+    assert drafts == [(b"7", (GOLDEN / "draft_v1.json").read_bytes(), {"schema": b"1.1"})]
+    assert swaps == [(b"7", (GOLDEN / "decision_v1.json").read_bytes(), {"schema": b"1.1"})]
 
 
 def test_golden_announcements_still_decode() -> None:

@@ -117,7 +117,7 @@ def test_bad_records_come_as_dead_letters_and_the_rest_is_read_on(tmp_path: Path
     letter = items[0].item
     assert isinstance(letter, DeadLetter)
     assert (letter.offset, letter.head) == (0, b"garbage")
-    assert "schema 9.0" in getattr(items[2].item, "reason", "")
+    assert "schema 9.1" in getattr(items[2].item, "reason", "")
 
 
 def test_damage_comes_as_one_dead_letter_and_resuming_after_it_is_right(tmp_path: Path, make_trace: Any) -> None:

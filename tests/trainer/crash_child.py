@@ -45,3 +45,4 @@ if __name__ == "__main__":
             until_drained=sys.argv[5] == "drain",
             ranks=ranks,
         )
+    ranks.leave()
