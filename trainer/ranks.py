@@ -116,8 +116,9 @@ class TorchRanks(Ranks):
         return total
 
     def leave(self) -> None:
-        """As ``Ranks.leave``: a rank under torch 2.13 that was done has been seen to abort ("terminate called without an
-        active exception") on its way out.
+        """As ``Ranks.leave``: under torch 2.13 a rank that was done has been seen to abort on its way out.
+
+        It said "terminate called without an active exception".
         """
         logging.shutdown()
         sys.stdout.flush()
