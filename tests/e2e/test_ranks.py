@@ -14,35 +14,17 @@ from pathlib import Path
 import msgspec
 from livedraft.cli import wiring
 from livedraft.cli.settings_file import write_settings
-from livedraft.contracts import checkpoint
-from livedraft.contracts.messages import Trace
-from livedraft.contracts.settings import Engine, Registry, Settings, Traces, Trainer
-from livedraft.serving.local import place
+from livedraft.contracts.settings import Engine, Registry, Settings, Traces
 from livedraft.traces.codec import encode
 from livedraft.traces.groups import GroupOffsets
 from livedraft.traces.spool import SpoolWriter
 from livedraft.trainer.learner import LearnerState
 from livedraft.trainer.loop import Progress
-from livedraft.trainer.target import read_target
 from msgspec.structs import replace
 
-from tests.traces.conftest import build_trace
+from .lockstep import LOCKSTEP, TraceMaker
 
 COUNT = 40
-
-
-def make_trace(number: int, settings: Settings, root: Path) -> Trace:
-    """One to learn from."""
-    manifest = checkpoint.verify(wiring.day_0(settings, root))[1]
-    target = read_target(place.find("bundled"))
-    trace = build_trace(number, rounds=3, width=3 * target.config["hidden_size"], request_id=f"r{number}")
-    return replace(
-        trace,
-        target=manifest.target,
-        target_revision=manifest.target_revision,
-        tokenizer_hash=manifest.tokenizer_hash,
-        features=replace(trace.features, layers=target.feature_layers),
-    )
 
 
 def worker(launcher: int, rank: int) -> int | None:
@@ -59,21 +41,11 @@ def test_a_rank_is_killed_and_all_go_on_from_the_checkpoint_until_they_are_told_
         engine=Engine(draft_intermediate=64),
         traces=Traces(url=f"spool://{tmp_path}/traces", held_out=0.0),
         registry=Registry(url="memory:"),
-        trainer=Trainer(
-            folder=str(tmp_path / "trainer"),
-            parallel="fsdp2",
-            steps_per_trace=0.5,
-            batch_traces=2,
-            replay_traces=16,
-            unroll=2,
-            window=16,
-            nice=0,
-            precision="float32",
-            checkpoint_every_s=0.0,
-        ),
+        trainer=replace(LOCKSTEP, folder=str(tmp_path / "trainer"), parallel="fsdp2", checkpoint_every_s=0.0),
     )
     config = write_settings(settings, tmp_path / "livedraft.toml")
-    messages = [encode(make_trace(number, settings, tmp_path)) for number in range(COUNT)]
+    make_trace = TraceMaker(settings, tmp_path)
+    messages = [encode(make_trace(number)) for number in range(COUNT)]
     spool = SpoolWriter(tmp_path / "traces")
     for message in messages[: COUNT // 2]:
         spool.append([message])

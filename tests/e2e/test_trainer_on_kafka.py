@@ -20,19 +20,15 @@ import torch
 from livedraft.cli import wiring
 from livedraft.cli.local_broker import LocalBroker, memory_broker
 from livedraft.cli.settings_file import write_settings
-from livedraft.contracts import checkpoint
-from livedraft.contracts.messages import Trace
-from livedraft.contracts.settings import Engine, Kafka, Registry, Settings, Traces, Trainer
-from livedraft.serving.local import place
+from livedraft.contracts.settings import Engine, Kafka, Registry, Settings, Traces
 from livedraft.traces.kafka_source import KafkaSource
 from livedraft.traces.urls import open_sink, open_source
 from livedraft.trainer.learner import LearnerState
-from livedraft.trainer.target import read_target
 from msgspec.structs import replace
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.traces.conftest import build_trace
+from .lockstep import LOCKSTEP, TraceMaker
 
 #: Traces of the stream that trainers are killed in, and how many had been used when they were.
 COUNT, KILLS = 120, (15, 40, 70)
@@ -52,31 +48,9 @@ class Trainers:
             traces=Traces(url=f"kafka://{broker.address}", held_out=0.0),
             kafka=Kafka(prefix=f"e2e-{uuid.uuid4().hex[:8]}", partitions=1, session_timeout_s=2.0),
             registry=Registry(url="memory:"),
-            trainer=Trainer(
-                steps_per_trace=0.5,
-                batch_traces=2,
-                replay_traces=16,
-                unroll=2,
-                window=16,
-                nice=0,
-                precision="float32",
-                checkpoint_every_s=0.1,
-            ),
+            trainer=replace(LOCKSTEP, checkpoint_every_s=0.1),
         )
-        self._manifest = checkpoint.verify(wiring.day_0(self.settings, root))[1]
-        self._target = read_target(place.find("bundled"))
-
-    def trace(self, number: int) -> Trace:
-        """One to learn from, of a request of its own."""
-        width = 3 * self._target.config["hidden_size"]
-        trace = build_trace(number, rounds=3, width=width, request_id=f"r{number}")
-        return replace(
-            trace,
-            target=self._manifest.target,
-            target_revision=self._manifest.target_revision,
-            tokenizer_hash=self._manifest.tokenizer_hash,
-            features=replace(trace.features, layers=self._target.feature_layers),
-        )
+        self.trace = TraceMaker(self.settings, root)
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
         """``livedraft trainer`` in the folder ``name``."""
