@@ -36,8 +36,9 @@ from livedraft.serving.local.text import Text, TextStream
 from torch import Tensor
 
 NAME = "local"
-#: Prompt tokens in one pass: bounds the memory of a long prompt's attention and what it delays others by.
-_PREFILL_ROWS = 256
+#: Prompt tokens in one pass, and between two rounds of those whose answers flow: bounds what a long prompt delays
+#: others by.  Fewer would read the weights more often for the same prompt.
+_PREFILL_ROWS = 64
 #: Committed positions the drafter may be behind before it reads them on its own rather than with the batch.
 _BEHIND = 16
 #: Positions that it reads so in one round at most.  Where drafting did not pay all requests are far behind, and the
@@ -65,6 +66,9 @@ class _Running:
     #: Version for which it was counted among the requests that had a round of full depth.
     counted_for: str | None = None
     finished: FinishReason | None = None
+
+    #: Prompt tokens read so far.
+    prefilled: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -129,6 +133,8 @@ class LocalEngine:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Generation, Callable[[Delta], None]]] = deque()
         self._running: list[_Running] = []
+        #: Whose prompt is being read, in the slot behind the running ones.
+        self._entering: _Running | None = None
         self._cancelled: set[str] = set()
         self._incoming: tuple[DrafterWeights, threading.Event, list[SwapReceipt]] | None = None
         self._closing = False
@@ -183,7 +189,7 @@ class LocalEngine:
             context_length=self.target.config.context_length,
             drafter=weights.version if weights else "",
             drafter_checksum=weights.checksum if weights else "",
-            running=len(self._running),
+            running=len(self._running) + (self._entering is not None),
             waiting=len(self._waiting),
             output_tokens=self._output_tokens,
             rounds=self._rounds,
@@ -257,7 +263,7 @@ class LocalEngine:
             self._changed.notify()
         self._thread.join(timeout)
         while self._thread.is_alive():
-            for request in [*self._running]:
+            for request in self._entered:
                 self.cancel(request.request.request_id)
             for waiting, _ in [*self._waiting]:
                 self.cancel(waiting.request_id)
@@ -273,7 +279,7 @@ class LocalEngine:
             while self._wait():
                 self._exchange_drafter()
                 self._drop_cancelled()
-                while self._admit() and not any(running.rounds for running in self._running):
+                while self._prefill() and not any(running.rounds for running in self._running):
                     pass  # nobody's answer has begun to flow: those that came together begin together
                 if self._running:
                     self._round()
@@ -289,7 +295,7 @@ class LocalEngine:
     def _wait(self) -> bool:
         """Until there is something to do; False when closed and empty."""
         with self._changed:
-            while not (self._running or self._waiting or self._incoming):
+            while not (self._entered or self._waiting or self._incoming):
                 if self._closing:
                     return False
                 self._cancelled.clear()
@@ -325,40 +331,36 @@ class LocalEngine:
                 self._waiting.remove(item)
         for request, emit in dropped:
             emit(Delta(request_id=request.request_id, finish_reason="cancelled"))
-        for running in self._running:
+        for running in self._entered:
             if running.request.request_id in cancelled:
                 running.finished = "cancelled"
                 running.emit(self._delta(running, (), running.text.finish(()), ()))
         self._retire()
 
-    def _admit(self) -> bool:
-        """Prefill one waiting request, if there is one and room for it.
+    @property
+    def _entered(self) -> list[_Running]:
+        return [*self._running, self._entering] if self._entering else [*self._running]
 
-        One before each round: those whose answers flow wait for at most one prompt between two of their tokens.
+    def _prefill(self) -> bool:
+        """Read one piece of the prompt that has its turn; False when there is none, or no room for it.
+
+        One before each round: those whose answers flow wait for at most one piece between two of their tokens.
         """
-        with self._changed:
-            if not self._waiting or len(self._running) >= self._settings.max_running:
-                return False
-            request, emit = self._waiting.popleft()
-        traced = self._capture is not None and request.traced and self._admit_trace(request)
-        running = _Running(
-            request=request,
-            emit=emit,
-            text=self._text.stream(request.stop),
-            rng=random.Random(request.sampling.seed),
-            recording=Recording(time.time()) if traced else None,
-            tokens=list(request.prompt),
-        )
-        slot = len(self._running)
+        running = self._entering = self._entering or self._admit()
+        if running is None:
+            return False
+        at, slot = running.prefilled, len(self._running)
+        piece = running.request.prompt[at : at + _PREFILL_ROWS]
+        where = self.target.layout([at], len(piece), slot=slot)
+        logits, features = self.target.forward(torch.tensor(piece), where, torch.tensor([len(piece) - 1]))
+        running.prefilled += len(piece)
+        running.unread.append(features)
+        if running.recording and self._keeps_features:
+            running.recording.features.append(features)
+        if running.prefilled < running.prompt_length:
+            return True
+        self._entering = None
         self._running.append(running)
-        for at in range(0, running.prompt_length, _PREFILL_ROWS):
-            piece = request.prompt[at : at + _PREFILL_ROWS]
-            where = self.target.layout([at], len(piece), slot=slot)
-            last = torch.tensor([len(piece) - 1])
-            logits, features = self.target.forward(torch.tensor(piece), where, last)
-            running.unread.append(features)
-            if running.recording and self._keeps_features:
-                running.recording.features.append(features)
         token = int(logits.argmax()) if running.kind == "greedy" else self._drawn(running, EMPTY, logits)[1]
         if running.recording:
             running.recording.add(running.prompt_length - 1, EMPTY, (), token, self._version, logits)
@@ -366,6 +368,22 @@ class LocalEngine:
         self._commit(running, [token], logits, [0])
         self._retire()
         return True
+
+    def _admit(self) -> _Running | None:
+        """The request that waited longest, if there is one and a slot for it."""
+        with self._changed:
+            if not self._waiting or len(self._running) >= self._settings.max_running:
+                return None
+            request, emit = self._waiting.popleft()
+        traced = self._capture is not None and request.traced and self._admit_trace(request)
+        return _Running(
+            request=request,
+            emit=emit,
+            text=self._text.stream(request.stop),
+            rng=random.Random(request.sampling.seed),
+            recording=Recording(time.time()) if traced else None,
+            tokens=list(request.prompt),
+        )
 
     def _round(self) -> None:
         """One verify round of every running request: draft, verify, commit."""
@@ -546,7 +564,8 @@ class LocalEngine:
 
     def _retire(self) -> None:
         """Take finished requests out; the last slot moves into each hole so that the running stay in front."""
-        for slot in range(len(self._running) - 1, -1, -1):
+        behind = len(self._running)
+        for slot in range(behind - 1, -1, -1):
             gone = self._running[slot]
             if gone.finished is None:
                 continue
@@ -558,15 +577,20 @@ class LocalEngine:
                 self._running[slot] = last
             if gone.recording and self._capture:
                 self._capture.finish(gone.recording, gone.request, gone.tokens, gone.finished)
+        if self._entering and self._entering.finished:
+            self._entering = None
+        elif self._entering and len(self._running) < behind:
+            self.target.cache.move(behind, len(self._running), self._entering.prefilled)
 
     def _fail(self, reason: str) -> None:
         with self._changed:
             self._fault = reason
             waiting = [(r.request_id, emit) for r, emit in self._waiting]
             self._waiting.clear()
-        for request_id, emit in [*((r.request.request_id, r.emit) for r in self._running), *waiting]:
+        for request_id, emit in [*((r.request.request_id, r.emit) for r in self._entered), *waiting]:
             emit(Delta(request_id=request_id, finish_reason="error", error=reason))
         self._running.clear()
+        self._entering = None
 
     def _load(self, folder: Path, version: str, like: DrafterWeights | None = None) -> DrafterWeights:
         return load_drafter(

@@ -198,6 +198,48 @@ def test_a_long_prompt_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     engine.close()
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_answers_flow_and_end_while_a_long_prompt_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    monkeypatch.setattr("livedraft.serving.local.engine._PREFILL_ROWS", 16)
+    target = make_target(tmp_path / "t", "qwen3")
+    make_drafter(tmp_path / "d", target)
+    engine = start(target, tmp_path / "d", "none", max_running=4)
+    prompts = [*PROMPTS[:3], [(7 * i) % 60 + 3 for i in range(150)]]
+    lengths = [8, 40, 11, 20]  # the first and third end while the last is read, which has to move into their slots
+    *short, long = [msgspec.structs.replace(r, max_tokens=n) for r, n in zip(greedy(prompts), lengths, strict=True)]
+    client = Client(engine)
+    order: list[str] = []
+
+    def emit(delta: Delta) -> None:  # on the engine's thread: what it does next comes after it
+        order.append(delta.request_id)
+        client._emit(delta)
+        if order.count("1") == 3 and "asked" not in order:
+            order.append("asked")
+            client.deltas["3"] = []
+            engine.submit(long, emit)
+        if cancelled and order.count("1") == 8:
+            engine.cancel("3")
+
+    for request in short:
+        client.deltas[request.request_id] = []
+        engine.submit(request, emit)
+    for _ in prompts:
+        client.ended.get(timeout=60)
+    whole = [output[:n] for output, n in zip(expected(target, prompts), lengths, strict=True)]
+    assert [client.tokens(str(i)) for i in range(3)] == whole[:3]
+    meanwhile = order[order.index("asked") : order.index("3")]
+    if cancelled:
+        assert [(d.tokens, d.finish_reason) for d in client.deltas["3"]] == [((), "cancelled")]
+        assert meanwhile.count("1") == 5
+    else:
+        assert client.tokens("3") == whole[3]
+        assert meanwhile.count("1") == 9, "of ten pieces each but the last is followed by a round"
+    assert engine.status().running == engine.status().waiting == 0
+    engine.close()
+
+
 def test_eos_and_max_tokens_and_stop_strings_end_a_request(target: Path, engine: LocalEngine) -> None:
     client = Client(engine)
     whole = expected(target, PROMPTS[:1], 40)[0]
