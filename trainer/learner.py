@@ -207,7 +207,7 @@ class Learner:
         ranks.backward(part)
         found = self._over_ranks(taught, [*held], len(kept))
         if self._optimizer.step(self.steps, self._feature_rms):
-            self._average.update(self.steps)
+            self._average.update(self.pace.since)
             self._accept_length += 0.05 * (found.accept_length - self._accept_length)
         else:  # one batch that overflows must not cost all that was learned
             self.counts["overflown step"] = self.counts.get("overflown step", 0) + 1

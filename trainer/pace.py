@@ -50,8 +50,9 @@ class Pace(Record, frozen=True, kw_only=True):
     before: float = 0.0
     #: Blocks in a row without growth.
     still: int = 0
-    #: Times that acceptance has fallen for good.
+    #: Times that acceptance has fallen for good, and steps since it last did, or since the beginning.
     drifts: int = 0
+    since: int = 0
 
     def heard(self, scores: Iterable[tuple[str, float]]) -> Pace:
         """After (domain, accept length) of new traces, drafted for before they were learned from."""
@@ -74,12 +75,14 @@ class Pace(Record, frozen=True, kw_only=True):
             before=0.0,
             still=0,
             drifts=self.drifts + 1,
+            since=0,
         )
 
     def stepped(self, accept_length: float, rest_below: float) -> Pace:
         """After a step whose batch had this accept length; growth per block below ``rest_below`` is none."""
         level = self.level + _RATE * (accept_length - self.level) if self.level else accept_length
-        after = replace(self, level=level, steps=self.steps + 1, total=self.total + accept_length)
+        total = self.total + accept_length
+        after = replace(self, level=level, steps=self.steps + 1, total=total, since=self.since + 1)
         if after.steps < _BLOCK:
             return after
         mean = after.total / after.steps

@@ -163,6 +163,22 @@ def test_what_is_published_is_the_mean_of_the_path(drafter: Drafter, random_trac
     assert not np.allclose(candidate["fc.weight"], drafter.fc.weight.detach().numpy(), rtol=1e-6, atol=0)
 
 
+def test_after_a_drift_the_mean_begins_anew(drafter: Drafter, random_trace: TraceMaker) -> None:
+    found = learner(drafter, average=0.98, replay_traces=40)
+    deliver(found, *(random_trace(n) for n in range(12)))
+    for _ in range(6):
+        found.step()
+    expects = {name: replace(test, peak=test.sum + 100.0) for name, test in found.pace.tests.items()}
+    found.pace = replace(found.pace, tests=expects)
+    deliver(found, *(random_trace(n) for n in range(20, 24)))
+    found.step()
+    assert (found.pace.drifts, found.pace.since) == (1, 0)
+    before = found.candidate()["fc.weight"]
+    found.step()
+    expected = 0.1 * before + 0.9 * drafter.fc.weight.detach().numpy()
+    np.testing.assert_allclose(found.candidate()["fc.weight"], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_without_a_memory_the_last_step_is_published(drafter: Drafter, random_trace: TraceMaker) -> None:
     found = learner(drafter, average=0.0)
     deliver(found, random_trace(1), random_trace(2))
