@@ -345,6 +345,8 @@ class Swap(_Section, frozen=True, kw_only=True):
     #: n requests that an accept length is known to some 20 % / sqrt(n).  Who fails by far goes after a quarter of them.
     watch_rounds: int = 1000
     watch_requests: int = 40
+    #: Times as much that is observed, until the next swap, while no better candidate is at hand.
+    watch_longer: float = 3.0
     #: Roll back when the observed accept length falls below this share both of the predicted one and of what the
     #: previous drafter showed (traffic that grows harder fails the prediction, but is no reason to go back).
     rollback_below: float = 0.9

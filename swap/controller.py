@@ -57,6 +57,7 @@ class Controller:
         self._watch_rules = watch.WatchRules(
             rounds=settings.watch_rounds,
             requests=settings.watch_requests,
+            longer=settings.watch_longer,
             timeout_s=settings.watch_timeout_s,
             rollback_below=settings.rollback_below,
         )
@@ -89,7 +90,7 @@ class Controller:
             self._drift.observe(fresh, self._journal.predictions())
             decision = self._watch(status)  # needs no registry: a bad drafter goes while the registry is down
             live = self._swapper.inform(self._swapper.settle() if decision else status)
-            if not decision and live and not self._journal.watch and not stop.is_set():
+            if not decision and live and self._open_to_others(status) and not stop.is_set():
                 decision = self._consider(live, status, stop)
                 if decision:
                     self._swapper.inform(self._swapper.settle())
@@ -100,10 +101,10 @@ class Controller:
         return decision
 
     def _watch(self, status: EngineStatus) -> Decision | None:
-        """Close the watch, if one is open and has seen enough."""
+        """Close the watch, if one is open and has seen all that it may."""
         if (watched := self._journal.watch) is None:
             return None
-        verdict = watch.judge(watched, status, self._swapper.clock(), self._watch_rules)
+        verdict = self._verdict(watched, status)
         if status.drafter != watched.candidate:
             reason = f"the engine went back to {status.drafter!r} by itself"
             verdict = replace(verdict, action="rollback", reason=reason)
@@ -114,8 +115,24 @@ class Controller:
                 return self._swapper.back(verdict)
             except DrafterRejected as error:
                 verdict = replace(verdict, action="keep", reason=f"cannot go back to {watched.live}: {error}")
+        elif not watch.exhausted(watched, status, verdict.at, self._watch_rules):
+            return None
         self._journal.append(verdict)
         return verdict
+
+    def _open_to_others(self, status: EngineStatus) -> bool:
+        """Whether no drafter is being watched, or one that has shown enough to be kept."""
+        watched = self._journal.watch
+        return not watched or self._verdict(watched, status).action == "keep"
+
+    def _verdict(self, watched: watch.Watch, status: EngineStatus) -> Decision:
+        return watch.judge(watched, status, self._swapper.clock(), self._watch_rules)
+
+    def _keep_watched(self) -> None:
+        """Write down what the watch, if one is open, has seen by now: its drafter goes."""
+        if watched := self._journal.watch:
+            verdict = self._verdict(watched, self._swapper.engine.status())
+            self._journal.append(replace(verdict, action="keep"))
 
     def _consider(self, live: DrafterVersion, status: EngineStatus, stop: threading.Event) -> Decision | None:
         """Judge the new candidates, if there are any, and swap to the first that is better."""
@@ -144,6 +161,7 @@ class Controller:
                 return None
             verdict = replace(judged, candidate=candidate.version, live=live.version, at=self._swapper.clock())
             if verdict.action == "promote":
+                self._keep_watched()
                 return self._swapper.exchange(folder, candidate.version, self._with_start(verdict))
         except DrafterRejected as error:
             better = f"better ({verdict.reason}), but " if verdict.action == "promote" else ""

@@ -38,6 +38,8 @@ class WatchRules(Record, frozen=True, kw_only=True):
     #: Where the engine counts them.  Rounds of one request are alike: they say less than as many of several.
     requests: int = 40
     timeout_s: float = 120.0
+    #: Times as much that is looked at while no better drafter is at hand.
+    longer: float = 1.0
     #: Times ``rounds`` that the engine serves, of whatever traffic, until traffic like that judged is not waited for.
     patience: int = 5
     rollback_below: float = 0.9
@@ -48,6 +50,7 @@ class WatchRules(Record, frozen=True, kw_only=True):
 def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> Decision:
     """Keep, roll back, or wait for more rounds.
 
+    What may be kept may be watched on: see ``exhausted``.
     Rolls back when the observed accept length is below ``rollback_below`` of both the prediction and the previous
     version's: below the prediction alone, traffic may have grown harder for any drafter; below the previous one
     alone, the gate knew.  After ``timeout_s``, or ``patience`` times the rounds of whatever traffic, it decides on what
@@ -76,9 +79,8 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         evidence=evidence,
         at=now,
     )
-    seen = min(rounds / max(1, rules.rounds), 1.0 if requests is None else requests / max(1, rules.requests))
-    moved_on = status.rounds - watch.served >= rules.patience * rules.rounds
-    over = seen >= 1.0 or moved_on or now >= watch.started_at + rules.timeout_s
+    seen = _seen(rounds, requests, rules)
+    over = seen >= 1.0 or _ended(watch, status, now, rules)
     floor = rules.rollback_below * min(predicted, watch.previous)
     if rounds == 0:
         reason = "it was not asked to draft for the traffic it was judged on"
@@ -94,6 +96,23 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         f"before {watch.previous:.2f}",
         evidence=evidence,
     )
+
+
+def exhausted(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> bool:
+    """Whether a drafter that ``judge`` keeps has been looked at for as long as that teaches anything: ``longer``."""
+    _, _, rounds = _comparable(watch, status)
+    return _seen(rounds, _requests(watch, status), rules) >= rules.longer or _ended(watch, status, now, rules)
+
+
+def _seen(rounds: int, requests: int | None, rules: WatchRules) -> float:
+    """Of the rounds and requests that a watch needs, the share that was observed."""
+    share = rounds / max(1, rules.rounds)
+    return share if requests is None else min(share, requests / max(1, rules.requests))
+
+
+def _ended(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> bool:
+    """Whether it has to do with what was observed: the traffic moved on, or it took too long."""
+    return status.rounds - watch.served >= rules.patience * rules.rounds or now >= watch.started_at + rules.timeout_s
 
 
 def _comparable(watch: Watch, status: EngineStatus) -> tuple[float, int, int]:

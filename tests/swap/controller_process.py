@@ -32,7 +32,9 @@ def main() -> None:
         swapper,
         Evidence(stream.source("gate"), lambda _: True, 8),
         FakeReplay(given["accept_length"]),
-        settings.Swap(poll_s=0.05, gate_traces=8, gate_min_traces=4, gate_max_error=1.0, watch_rounds=100),
+        settings.Swap(
+            poll_s=0.05, gate_traces=8, gate_min_traces=4, gate_max_error=1.0, watch_rounds=100, watch_longer=1.0
+        ),
         GateRules(min_traces=4, bootstrap=20),
     )
     controller.run(threading.Event())

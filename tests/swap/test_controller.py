@@ -50,7 +50,12 @@ class World:
         self.replay = FakeReplay({"1": 2.0})
         self.now = 1000.0
         self.settings = settings.Swap(
-            gate_traces=16, gate_min_traces=4, gate_max_error=1.0, watch_rounds=100, watch_timeout_s=60.0
+            gate_traces=16,
+            gate_min_traces=4,
+            gate_max_error=1.0,
+            watch_rounds=100,
+            watch_longer=1.0,
+            watch_timeout_s=60.0,
         )
         self.stop = threading.Event()
         self.traces = 0
@@ -133,6 +138,59 @@ def test_a_better_candidate_is_swapped_in_and_kept(world: World) -> None:
     assert [d.action for d in world.memory.decisions()] == ["promote", "keep"]
     assert world.memory.get(version).metrics["promote/predicted_accept_length"] == pytest.approx(3.0)
     assert world.memory.get(version).metrics["keep/observed_accept_length"] == pytest.approx(3.0)
+
+
+def watched_on(world: World) -> str:
+    """A promoted version that has shown enough to be kept, and may be watched for three times as long."""
+    world.settings = replace(world.settings, watch_longer=3.0)
+    world.start()
+    world.traffic()
+    world.tick()
+    version = world.publish(1, 3.0)
+    world.tick()
+    world.engine.serve(100, 3.0)
+    assert world.tick() is None
+    return version
+
+
+def test_what_could_be_kept_is_watched_until_a_better_candidate_comes(world: World) -> None:
+    first = watched_on(world)
+    world.engine.serve(20, 3.0)
+    worse = world.publish(2, 2.5)
+    decision = world.tick()
+    assert decision is not None
+    assert (decision.action, decision.candidate) == ("reject", worse)
+    world.engine.serve(30, 3.0)
+    better = world.publish(3, 3.5)
+    world.tick()
+    assert world.engine.drafter == better
+    decisions = world.memory.decisions()
+    assert [(d.action, d.candidate) for d in decisions] == [
+        ("promote", first),
+        ("reject", worse),
+        ("keep", first),
+        ("promote", better),
+    ]
+    assert decisions[2].evidence["rounds"] == 150
+
+
+def test_without_one_it_is_kept_after_so_much_longer(world: World) -> None:
+    watched_on(world)
+    world.engine.serve(199, 3.0)
+    assert world.tick() is None
+    world.engine.serve(1, 3.0)
+    decision = world.tick()
+    assert decision is not None
+    assert (decision.action, decision.evidence["rounds"]) == ("keep", 300)
+
+
+def test_what_fails_while_it_is_watched_on_is_rolled_back(world: World) -> None:
+    first = watched_on(world)
+    world.engine.serve(180, 1.0)
+    decision = world.tick()
+    assert decision is not None
+    assert (decision.action, decision.candidate) == ("rollback", first)
+    assert world.engine.drafter == "1"
 
 
 def test_a_worse_candidate_is_rejected_once_and_never_swapped(world: World) -> None:

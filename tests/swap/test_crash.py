@@ -107,7 +107,7 @@ class World:
         swapper = Swapper(registry, engine, self.folder / "swap", clock=lambda: self.now)
         swapper.journal = Mortal(swapper.journal, self.fate)  # type: ignore[assignment]
         source: Any = Mortal(self.stream.source("gate"), self.fate)
-        rules = settings.Swap(gate_traces=8, gate_min_traces=4, gate_max_error=1.0, watch_rounds=100)
+        rules = settings.Swap(gate_traces=8, gate_min_traces=4, gate_max_error=1.0, watch_rounds=100, watch_longer=1.0)
         self.controller = Controller(
             swapper,
             Evidence(source, lambda _: True, 8),
