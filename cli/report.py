@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _WINDOW = 20
 #: Sets of instants without a swap that stand for the usual.
 _DRAWS = 21
+#: Share of the requests that a watch wants, below which its comparison is not counted.
+_SEEN = 0.5
 _COLOURS = {0.0: "#1f6f8b", 0.7: "#d9822b"}
 
 
@@ -30,7 +32,9 @@ def build(run: Run, comparison: Comparison, version: str, restarts: Sequence[int
     report: dict[str, Any] = {}
     for temperature in TEMPERATURES:
         report[f"{temperature:g}"] = _at(run, comparison, temperature)
-    kept = [d.evidence["relative_error"] for d in run.decisions if "relative_error" in d.evidence]
+    watched = [d for d in run.decisions if "relative_error" in d.evidence]
+    # A watch that the traffic left, as at the shift, has seen too few requests to say anything of the gate.
+    kept = [d.evidence["relative_error"] for d in watched if d.action == "rollback" or d.evidence["seen"] >= _SEEN]
     swaps = [d for d in run.decisions if d.action == "promote"]
     errors = [d.evidence["predicted_error"] for d in swaps if "predicted_error" in d.evidence]
     gaps = [(a, b) for s in run.served for a, b in itertools.pairwise(s.arrivals)]
@@ -51,6 +55,7 @@ def build(run: Run, comparison: Comparison, version: str, restarts: Sequence[int
             "max_relative_error": round(max(kept, default=0.0), 4),
             "median_relative_error": round(statistics.median(kept), 4) if kept else None,
             "watched": len(kept),
+            "cut_short": len(watched) - len(kept),
             # What the gate itself said that its predictions are good to, as a standard error.
             "median_predicted_error": round(statistics.median(errors), 4) if errors else None,
         },

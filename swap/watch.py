@@ -41,6 +41,7 @@ class WatchRules(Record, frozen=True, kw_only=True):
     #: Times as much that is looked at while no better drafter is at hand.
     longer: float = 1.0
     #: Times ``rounds`` that the engine serves, of whatever traffic, until traffic like that judged is not waited for.
+    #: Once it has drafted for the ``rounds`` of other traffic, and for less of that, it is not waited for either.
     patience: int = 5
     rollback_below: float = 0.9
     #: Share of the rounds after which a drafter goes that fails by ``rollback_below`` twice over.
@@ -59,7 +60,8 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     Only traffic of the strata that the gate judged is counted, and the prediction is weighted by their share of it: a
     shift of the traffic is not the drafter's doing.  Evidence: ``predicted_accept_length``,
     ``predicted_error`` (its standard error as a share of it, as the gate saw it), ``previous_accept_length``,
-    ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``, ``requests`` (where counted).
+    ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``, ``requests`` (where counted), and
+    ``seen``, the share of what it wanted that those are.
     """
     predicted, tokens, rounds = _comparable(watch, status)
     requests = _requests(watch, status)
@@ -68,6 +70,7 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         "predicted_error": watch.predicted_error,
         "previous_accept_length": watch.previous,
         "rounds": float(rounds),
+        "seen": _seen(rounds, requests, rules),
     }
     if requests is not None:
         evidence["requests"] = float(requests)
@@ -79,7 +82,7 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         evidence=evidence,
         at=now,
     )
-    seen = _seen(rounds, requests, rules)
+    seen = evidence["seen"]
     over = seen >= 1.0 or _ended(watch, status, now, rules)
     floor = rules.rollback_below * min(predicted, watch.previous)
     if rounds == 0:
@@ -112,7 +115,11 @@ def _seen(rounds: int, requests: int | None, rules: WatchRules) -> float:
 
 def _ended(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> bool:
     """Whether it has to do with what was observed: the traffic moved on, or it took too long."""
-    return status.rounds - watch.served >= rules.patience * rules.rounds or now >= watch.started_at + rules.timeout_s
+    if now >= watch.started_at + rules.timeout_s or status.rounds - watch.served >= rules.patience * rules.rounds:
+        return True
+    drafted = sum(rounds for _, rounds in status.by_stratum.get(watch.candidate, {}).values())
+    _, _, comparable = _comparable(watch, status)
+    return drafted - comparable >= max(rules.rounds, comparable)
 
 
 def _comparable(watch: Watch, status: EngineStatus) -> tuple[float, int, int]:

@@ -123,6 +123,16 @@ def test_once_the_traffic_has_moved_on_it_decides_on_what_it_has(engine: FakeEng
     assert judge(watch, engine.status(), 101.0, RULES).action == "rollback"
 
 
+def test_other_traffic_that_was_drafted_for_shows_sooner_that_it_has_moved_on(engine: FakeEngine) -> None:
+    watch = replace(WATCH, predicted_by_stratum={"a/greedy": 3.0})
+    seen = {"a/greedy": (210, 100), "b/greedy": (399, 399)}
+    assert judge(watch, replace(engine.status(), by_stratum={"2": seen}), 101.0, RULES).action == "wait"
+    decision = judge(watch, replace(engine.status(), by_stratum={"2": seen | {"b/greedy": (400, 400)}}), 101.0, RULES)
+    assert (decision.action, decision.evidence["seen"]) == ("rollback", 0.25)
+    mixed = {"a/greedy": (690, 300), "b/greedy": (200, 200), "c/greedy": (90, 90)}
+    assert judge(watch, replace(engine.status(), by_stratum={"2": mixed}), 101.0, RULES).action == "wait"
+
+
 def test_without_traffic_it_keeps(engine: FakeEngine) -> None:
     decision = judge(WATCH, engine.status(), 300.0, RULES)
     assert decision.action == "keep"
@@ -180,7 +190,7 @@ def test_the_prediction_is_weighted_by_the_strata_that_were_observed(engine: Fak
 
 def test_a_shift_of_the_traffic_is_not_held_against_the_drafter(engine: FakeEngine) -> None:
     watch = replace(WATCH, predicted_by_stratum={"a/greedy": 4.0})
-    shifted = replace(engine.status(), by_stratum={"2": {"a/greedy": (40, 10), "b/greedy": (900, 900)}})
+    shifted = replace(engine.status(), by_stratum={"2": {"a/greedy": (40, 10), "b/greedy": (390, 390)}})
     assert judge(watch, shifted, 101.0, RULES).action == "wait"
     decision = judge(watch, shifted, 100.0 + RULES.timeout_s, RULES)
     assert (decision.action, decision.evidence["observed_accept_length"]) == ("keep", 4.0)
