@@ -37,30 +37,38 @@ class Learner:
     peer: str = ""
     #: Measured in the quick run, too.
     quick: bool = False
+    #: The trace sets it is measured on.
+    sets: tuple[str, ...] = ("day0", "mixed")
+    #: So slow that one start has to do.
+    slow: bool = False
 
 
 OURS = "livedraft"
 ONE_PASS = "forward KL, one pass"
 EPOCHS = "forward KL, epochs"
 PEERS = ("speculators", "specforge")
+#: Of those that differ in what they make of a shift.
+_ALL_SETS = ("day0", "mixed", "return")
 
 
 def learners(objectives: Sequence[str], window: int) -> list[Learner]:
     """All of them; ``objectives`` as the trainer's settings name them, ``window`` requests."""
     defaults = Settings()
     found = [
-        Learner(OURS, "the trainer as it is configured by default", quick=True),
+        Learner(OURS, "the trainer as it is configured by default", quick=True, sets=_ALL_SETS),
         Learner(
             ONE_PASS,
             "our code, the peers' objective: committed text, every trace once, 4 per step, no replay",
             _COMMITTED | {"max_uses": 1, "replay_traces": 4096},
             quick=True,
+            sets=_ALL_SETS,
         ),
         Learner(
             EPOCHS,
             "the same, each window of traffic over and over until its processor time is used up, then dropped",
             _COMMITTED | {"max_uses": 1000, "replay_traces": 2 * window},
             quick=True,
+            sets=_ALL_SETS,
         ),
     ]
     found += [
@@ -68,11 +76,12 @@ def learners(objectives: Sequence[str], window: int) -> list[Learner]:
         for name in objectives
         if name != defaults.objective
     ]
-    if defaults.discard:
-        found.append(Learner(f"{OURS}, no rejections", "the default without the discard term", {"discard": 0.0}))
-    else:
-        found.append(Learner(f"{OURS}, rejections", "the default with the discard term at 0.1", {"discard": 0.1}))
+    rejections = ("no rejections", "without the discard term", 0.0)
+    if not defaults.discard:
+        rejections = ("rejections", "with the discard term at 0.1", 0.1)
+    name, how, weight = rejections
     found += [
+        Learner(f"{OURS}, {name}", f"the default {how}", {"discard": weight}, sets=_ALL_SETS),
         Learner(
             f"{OURS}, no replay",
             "the default, every trace once",
@@ -83,6 +92,7 @@ def learners(objectives: Sequence[str], window: int) -> list[Learner]:
             f"{OURS}, no memory",
             "the default without rehearsal of traces that have left the recent ones",
             {"rehearse_share": 0.0},
+            sets=("return",),
         ),
         Learner(
             "speculators, one pass",
@@ -96,6 +106,7 @@ def learners(objectives: Sequence[str], window: int) -> list[Learner]:
             {"max_uses": 20, "batch_traces": 16},
             peer="speculators",
             quick=True,
+            sets=_ALL_SETS,
         ),
         Learner(
             "specforge, one pass",
@@ -103,6 +114,7 @@ def learners(objectives: Sequence[str], window: int) -> list[Learner]:
             "that its processor time means nothing",
             {"max_uses": 1},
             peer="specforge",
+            slow=True,
         ),
         Learner(
             "specforge's loss, our code",

@@ -76,10 +76,13 @@ def tokens_ratio(marks: Sequence[float], ours: Curve, theirs: Curve) -> float:
 
 
 def worst_relative(ours: Runs, frozen: Runs, size: int) -> float:
-    """Least ratio of accept lengths over all runs of ``size`` consecutive requests.  f[N, 2] each, in their order."""
-    if len(ours) < size:
-        raise ValueError(f"{len(ours)} requests, expected at least a window of {size}")
-    sums = [np.concatenate([np.zeros((1, 2)), side.cumsum(0)]) for side in (ours, frozen)]
+    """Least ratio of accept lengths over all runs of ``size`` consecutive requests.
+
+    f[S, N, 2] each, requests in their order; starts are added up, so that it is no start's worst luck.
+    """
+    if ours.shape[1] < size:
+        raise ValueError(f"{ours.shape[1]} requests, expected at least a window of {size}")
+    sums = [np.concatenate([np.zeros((1, 2)), side.sum(0).cumsum(0)]) for side in (ours, frozen)]
     ours_in, frozen_in = (total[size:] - total[:-size] for total in sums)
     return float(((ours_in[:, 0] / ours_in[:, 1]) / (frozen_in[:, 0] / frozen_in[:, 1])).min())
 
@@ -103,18 +106,19 @@ def bootstrap_blocks(
     statistic: Callable[[Runs, Runs], float], ours: Runs, frozen: Runs, *, block: int, seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:  # fmt: skip
-    """Like ``bootstrap`` for a stream: requests f[N, 2] are resampled within blocks of ``block``, keeping the order.
+    """Like ``bootstrap`` for a stream f[S, N, 2]: requests are resampled within blocks of ``block``, keeping the order.
 
     A window's place in the stream is what it is about; only which requests made it up is left to chance.
     """
     rng = np.random.default_rng(seed)
-    count = len(ours)
+    seeds, count, _ = ours.shape
     first = np.arange(count) // block * block
     width = np.minimum(first + block, count) - first
     drawn = []
     for _ in range(resamples):
+        which = rng.integers(seeds, size=seeds)
         chosen = first + (rng.random(count) * width).astype(int)
-        drawn.append(statistic(ours[chosen], frozen[chosen]))
+        drawn.append(statistic(ours[which][:, chosen], frozen[which][:, chosen]))
     low, high = np.quantile(np.asarray(drawn), [0.025, 0.975], method="nearest")
     return Interval(statistic(ours, frozen), float(low), float(high))
 

@@ -132,8 +132,8 @@ class _Side:
         shifted, returned, end = scenario.ends
         block = scenario.window
         ours, frozen = (
-            np.asarray([request for window in windows for request in window])
-            for windows in (self.scores[0].ahead, self.scores[0].frozen)
+            np.asarray([[request for window in windows for request in window] for windows in sides])
+            for sides in ([one.ahead for one in self.scores], [one.frozen for one in self.scores])
         )
         prose, code = self.of(domain="prose"), self.of(domain="code")
 
@@ -143,9 +143,11 @@ class _Side:
         def relative(a: Runs, b: Runs) -> float:
             return worst_relative(a, b, _WORST_OF)
 
-        windows = range(0, len(ours) - block + 1, block)
+        windows = range(0, ours.shape[1] - block + 1, block)
+        by_seed = [relative(one[None], other[None]) for one, other in zip(ours, frozen, strict=True)]
         return {
             "min_relative_al": bootstrap_blocks(relative, ours, frozen, block=block).to_json(),
+            "min_relative_al_by_seed": _rounded(by_seed),
             "code_over_prose": bootstrap_two(lambda b, a: at(b, returned) / at(a, shifted), code, prose).to_json(),
             "tokens_to_90_percent_after_shift": _finite(
                 tokens_to(
@@ -156,9 +158,10 @@ class _Side:
                 - self.tokens[shifted]
             ),
             "forgetting": bootstrap(lambda a: 1 - at(a, returned) / at(a, shifted), prose).to_json(),
+            "forgetting_by_seed": _rounded([1 - at(one, returned) / at(one, shifted) for one in prose[:, None]]),
             "after_return": bootstrap(lambda a: at(a, end) / at(a, shifted), prose).to_json(),
-            "served": _rounded(np.asarray([accept_length(ours[i : i + block]) for i in windows])),
-            "frozen": _rounded(np.asarray([accept_length(frozen[i : i + block]) for i in windows])),
+            "served": _rounded([float(accept_length(ours[:, i : i + block]).mean()) for i in windows]),
+            "frozen": _rounded([float(accept_length(frozen[:, i : i + block]).mean()) for i in windows]),
             "first_request": int(shifted * block),
             "window": block,
             "phase_ends_tokens": [self.tokens[end] for end in scenario.ends],
@@ -190,7 +193,10 @@ def _day0(data: Mapping[str, _Side]) -> dict[str, Any]:
         }
     peers = {name: side for name, side in data.items() if side.runs[0].learner.peer}
     fastest = max(peers.values(), key=lambda side: float(np.median(side.rates)), default=None)
-    ratio = of_rates(ours.rates, fastest.rates) if ours is not None and fastest is not None else _UNKNOWN
+    ratio = _UNKNOWN
+    if ours is not None and fastest is not None:
+        starts = min(len(ours.rates), len(fastest.rates))
+        ratio = of_rates(ours.rates[:starts], fastest.rates[:starts])
     found["trainer_ratio_over_fastest_peer"] = ratio.to_json()
     if ours is not None:
         found["against_peers"] = {
@@ -198,7 +204,8 @@ def _day0(data: Mapping[str, _Side]) -> dict[str, Any]:
                 "day0_tokens_ratio": _tokens_ratio(ours, side).to_json(),
                 "final_al_ratio": _final_ratio(ours, side).to_json(),
                 "area_ratio": bootstrap(
-                    lambda a, b, marks=ours.tokens: area(marks, curve(a)) / area(marks, curve(b)), ours.all, side.all
+                    lambda a, b, marks=ours.tokens: area(marks, curve(a)) / area(marks, curve(b)),
+                    *_same_starts(ours.all, side.all),
                 ).to_json(),
             }
             for name, side in peers.items()
@@ -207,11 +214,17 @@ def _day0(data: Mapping[str, _Side]) -> dict[str, Any]:
 
 
 def _tokens_ratio(ours: Any, theirs: Any) -> Interval:
-    return bootstrap(lambda a, b: tokens_ratio(ours.tokens, curve(a), curve(b)), ours.all, theirs.all)
+    sides = _same_starts(ours.all, theirs.all)
+    return bootstrap(lambda a, b: tokens_ratio(ours.tokens, curve(a), curve(b)), *sides)
 
 
 def _final_ratio(ours: Any, theirs: Any) -> Interval:
-    return bootstrap(lambda a, b: float(curve(a)[-1] / curve(b)[-1]), ours.all, theirs.all)
+    return bootstrap(lambda a, b: float(curve(a)[-1] / curve(b)[-1]), *_same_starts(ours.all, theirs.all))
+
+
+def _same_starts(*sides: Runs) -> list[Runs]:
+    """Of each side the starts that all have."""
+    return [side[: min(map(len, sides))] for side in sides]
 
 
 def _shift_summary(shift: Mapping[str, Any], data: Mapping[str, _Side]) -> dict[str, Any]:
@@ -227,7 +240,7 @@ def _recovery_ratio(ours: _Side, theirs: _Side) -> Interval:
     shifted, returned, _ = ours.runs[0].scenario.ends
     phase = slice(shifted, returned + 1)
     tokens = [at - ours.tokens[shifted] for at in ours.tokens[phase]]
-    sides = (side.of(domain="code") for side in (ours, theirs))
+    sides = _same_starts(ours.of(domain="code"), theirs.of(domain="code"))
     return bootstrap(lambda a, b: tokens_ratio(tokens, curve(a)[phase], curve(b)[phase]), *sides)
 
 

@@ -59,13 +59,19 @@ def test_the_ratio_of_tokens_is_below_one_where_ours_is_there_sooner() -> None:
 
 
 def test_the_worst_window_is_found_wherever_it_begins() -> None:
-    frozen = np.ones((20, 2))
-    ours = np.ones((20, 2))
-    ours[7:12, 0] = 0.5
+    frozen = np.ones((1, 20, 2))
+    ours = np.ones((1, 20, 2))
+    ours[:, 7:12, 0] = 0.5
     assert worst_relative(ours, frozen, 5) == pytest.approx(0.5)
     assert worst_relative(ours, frozen, 20) == pytest.approx(0.875)
     with pytest.raises(ValueError, match="20 requests, expected at least a window of 21"):
         worst_relative(ours, frozen, 21)
+
+
+def test_the_worst_window_is_that_of_all_starts_together() -> None:
+    frozen, ours = np.ones((2, 20, 2)), np.ones((2, 20, 2))
+    ours[0, :5, 0] = ours[1, 10:15, 0] = 0.5
+    assert worst_relative(ours, frozen, 5) == pytest.approx(0.75)
 
 
 def test_sides_are_resampled_together_so_a_hard_text_cancels() -> None:
@@ -88,12 +94,22 @@ def test_an_interval_can_reach_to_infinity() -> None:
 
 
 def test_requests_of_a_stream_are_resampled_within_their_blocks() -> None:
-    ours = np.ones((10, 2))
-    ours[5:, 0] = 3.0
-    found = bootstrap_blocks(lambda a, _: float(a[:5, 0].mean()), ours, ours, block=5, resamples=50)
+    ours = np.ones((2, 10, 2))
+    ours[:, 5:, 0] = 3.0
+    found = bootstrap_blocks(lambda a, _: float(a[:, :5, 0].mean()), ours, ours, block=5, resamples=50)
     assert found == Interval(1.0, 1.0, 1.0)
-    rest = bootstrap_blocks(lambda a, _: float(a[5:, 0].mean()), ours[:8], ours[:8], block=5, resamples=50)
+    short = ours[:, :8]
+    rest = bootstrap_blocks(lambda a, _: float(a[:, 5:, 0].mean()), short, short, block=5, resamples=50)
     assert rest == Interval(3.0, 3.0, 3.0)
+
+
+def test_starts_of_a_stream_are_resampled_too_alike_on_both_sides() -> None:
+    ours = np.ones((2, 10, 2))
+    ours[1, :, 0] = 3.0
+    spread = bootstrap_blocks(lambda a, _: float(a[..., 0].mean()), ours, ours, block=5, resamples=100)
+    assert spread == Interval(2.0, 1.0, 3.0)
+    paired = bootstrap_blocks(lambda a, b: float(a.sum() / b.sum()), ours, ours, block=5, resamples=100)
+    assert paired == Interval(1.0, 1.0, 1.0)
 
 
 def test_rates_are_compared_pair_by_pair() -> None:

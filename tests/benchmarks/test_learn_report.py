@@ -117,3 +117,21 @@ def test_what_was_not_run_is_null_in_the_summary(sets: TraceSets, tmp_path: Path
     assert summary["day0_tokens_ratio"]["value"] is None
     assert summary["trainer_ratio_over_fastest_peer"]["value"] is None
     assert summary["against_peers"] == {}
+
+
+def test_starts_are_told_apart_and_a_slow_learner_is_compared_on_those_it_has(sets: TraceSets, tmp_path: Path) -> None:
+    rising = [1.0, 1.0, 2.0, 2.0]
+    runs = [
+        write_run(tmp_path / "a", DAY0, OURS, [1.0, 2.0], [1.0, 2.0], 3000),
+        write_run(tmp_path / "b", DAY0, OURS, [1.0, 3.0], [1.0, 3.0], 3000),
+        write_run(tmp_path / "c", DAY0, "speculators", [1.0, 1.0], [1.0, 1.0], 1000),
+        write_run(tmp_path / "d", RETURN, OURS, [*rising, 1.8, 2.0, 2.0], [1.0] * 7, 3000, served=1.2),
+        write_run(tmp_path / "e", RETURN, OURS, [*rising, 2.2, 2.0, 2.0], [1.0] * 7, 3000, served=1.0),
+    ]
+    report = build(runs, sets, COSTS, SIZES)
+    assert report["scenarios"]["day0"][OURS]["seeds"] == 2
+    assert report["summary"]["against_peers"]["speculators"]["final_al_ratio"]["value"] == pytest.approx(2.0)
+    assert report["shift"][OURS]["forgetting_by_seed"] == pytest.approx([0.1, -0.1])
+    assert report["shift"][OURS]["min_relative_al_by_seed"] == pytest.approx([1.2, 1.0])
+    assert report["shift"][OURS]["min_relative_al"]["value"] == pytest.approx(1.1)
+    assert report["shift"][OURS]["served"] == pytest.approx([1.1] * 4)
