@@ -57,7 +57,9 @@ class Options:
     out: Path
     peers: Path
     only: tuple[str, ...]
+    sets: tuple[str, ...]
     resume: bool
+    report: bool
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Run:
             return [msgspec.json.decode(line, type=Mark) for line in lines]
         return []
 
+    @property
+    def finished(self) -> bool:
+        """Whether it was run to its end, and scored."""
+        return (self.folder / "scores.json").exists()
+
     def scores(self) -> Scores:
         """How its checkpoints did."""
         return msgspec.json.decode((self.folder / "scores.json").read_bytes(), type=Scores)
@@ -99,10 +106,10 @@ def learn(place: Path | None, options: Options) -> None:
     out = options.out.resolve()
     sizes = _QUICK if options.quick else _FULL
     sets = record(sizes, 0, options.target, out / "traces", options.threads)
-    scenarios = _scenarios(sizes)
+    scenarios = _scenarios(sizes, options.sets)
     chosen, missing = _learners(options)
     costs = _costs(sets, options)
-    if not options.resume:
+    if not (options.resume or options.report):
         shutil.rmtree(out / "runs", ignore_errors=True)
     runs = [
         Run(scenario, learner, seed, out / "runs" / scenario.name / _slug(learner.name) / str(seed),
@@ -113,12 +120,12 @@ def learn(place: Path | None, options: Options) -> None:
         for learner in chosen[scenario.window]
         if _takes_part(learner, scenario) and seed < _starts(learner, scenario, options)
     ]  # fmt: skip
-    if any(run.learner.peer for run in runs):
-        _convert(sets, scenarios, options.target)
-    with stopping() as stop:
-        _run_all(runs, sets, options, stop.is_set)
-        if stop.is_set():
-            raise LivedraftError("stopped; what was finished is kept: go on with --resume")
+    if options.report:
+        runs = [run for run in runs if run.finished]
+        if not runs:
+            raise LivedraftError(f"--report: no run was finished below {out / 'runs'}")
+    else:
+        _finish(runs, sets, scenarios, options)
     report = learn_report.build(runs, sets, costs, sizes)
     report["learners"] = [
         {"name": each.name, "about": each.about, "settings": each.settings} for each in chosen[_WINDOW]
@@ -132,12 +139,25 @@ def learn(place: Path | None, options: Options) -> None:
     write(report, place or out / "report.json")
 
 
-def _scenarios(sizes: Sizes) -> list[Scenario]:
+def _finish(runs: Sequence[Run], sets: TraceSets, scenarios: Sequence[Scenario], options: Options) -> None:
+    if any(run.learner.peer for run in runs):
+        _convert(sets, scenarios, options.target)
+    with stopping() as stop:
+        _run_all(runs, sets, options, stop.is_set)
+        if stop.is_set():
+            raise LivedraftError("stopped; what was finished is kept: go on with --resume, or see it with --report")
+
+
+def _scenarios(sizes: Sizes, names: Sequence[str]) -> list[Scenario]:
     ends = np.cumsum(sizes.phases) // _SHIFT_WINDOW
     found = [Scenario("day0", "fresh", _WINDOW)]
     if sizes.mixed:
         found.append(Scenario("mixed", "weak", _WINDOW))
-    return [*found, Scenario("return", "fresh", _SHIFT_WINDOW, tuple(int(end) for end in ends))]
+    found.append(Scenario("return", "fresh", _SHIFT_WINDOW, tuple(int(end) for end in ends)))
+    known = [scenario.name for scenario in found]
+    if unknown := set(names) - set(known):
+        raise LivedraftError(f"--set {', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
+    return [scenario for scenario in found if not names or scenario.name in names]
 
 
 def objective_names() -> tuple[str, ...]:
@@ -227,7 +247,7 @@ def _costs(sets: TraceSets, options: Options) -> dict[str, float]:
 
 def _run_all(runs: Sequence[Run], sets: TraceSets, options: Options, stopped: Any) -> None:
     """Learn, then score, ``options.jobs`` processes at a time, in the order of ``runs``."""
-    waiting = [run for run in runs if not (options.resume and (run.folder / "scores.json").exists())]
+    waiting = [run for run in runs if not (options.resume and run.finished)]
     active: list[tuple[Run, str, subprocess.Popen[bytes]]] = []
     columns = TextColumn("learn"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:

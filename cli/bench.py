@@ -160,11 +160,18 @@ def learn(
     only: Annotated[
         list[str] | None, typer.Option(help="Only this learner; may be repeated.", show_default=False)
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Only on this set (day0, mixed, return); may be repeated.", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep runs that an earlier start finished.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: report what earlier starts finished.")] = False,
 ) -> None:
     """How fast a drafter learns per token of traffic: our trainer, its variants, and the peers' on the same traces.
 
     Peers need environments of their own, made by: benchmarks/peers/setup speculators
+
+    The full run takes about an hour of two cores. What is finished stays below --out: --resume goes on from there.
 
     Example: livedraft bench learn --quick --json -
     """
@@ -182,6 +189,8 @@ def learn(
         out=out,
         peers=peers.resolve(),
         only=tuple(only or ()),
+        sets=tuple(sets or ()),
         resume=resume,
+        report=report,
     )
     benchmark.learn(json, options)
