@@ -195,9 +195,9 @@ def _takes_part(learner: Learner, scenario: Scenario) -> bool:
 
 
 def _starts(learner: Learner, scenario: Scenario, options: Options) -> int:
-    """Starts with which a learner is measured: on the sets that cost most, all in the full run only."""
-    once = learner.slow or scenario.name == "mixed" or (options.quick and scenario.name != "day0")
-    return 1 if once else options.seeds
+    """Starts with which a learner is measured; a quick run has time for them on the first day alone."""
+    hurried = options.quick and not options.sets and scenario.name != "day0"
+    return 1 if learner.slow or scenario.name == "mixed" or hurried else options.seeds
 
 
 def _windows(sets: TraceSets, scenario: Scenario) -> int:
