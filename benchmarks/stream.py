@@ -19,7 +19,7 @@ from livedraft.contracts.messages import Features, Rounds, Sampling, Trace
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.traces.arrays import from_numpy
 from livedraft.traces.codec import encode
-from livedraft.traces.kafka import RawClient, ensure_topics
+from livedraft.traces.kafka_client import RawClient, ensure_topics
 from livedraft.traces.kafka_source import KafkaSource
 from livedraft.traces.urls import broker_addresses, open_sink
 from rich.console import Console

@@ -60,9 +60,9 @@ def test_no_folder_of_the_repository_is_a_top_level_package() -> None:
         assert not (ROOT / package / "__init__.py").exists()
 
 
-def test_only_the_files_of_the_broker_know_the_kafka_client() -> None:
+def test_one_file_knows_the_kafka_client() -> None:
     users = {p.relative_to(ROOT).as_posix() for p in FILES if "kafka" in {name.split(".")[0] for name in imports(p)}}
-    assert users <= {f"traces/{name}.py" for name in ("kafka", "kafka_source", "kafka_reader")}
+    assert users == {"traces/kafka_client.py"}
 
 
 def test_a_spool_needs_no_kafka_client() -> None:

@@ -1,66 +1,20 @@
-"""The stream on Kafka: clients, and what is sent.  ``kafka_source`` and ``kafka_reader`` read.
+"""The stream on Kafka: what is sent.  ``kafka_source`` and ``kafka_reader`` read.
 
-Delivery: the producer runs without idempotence, because kafka-python's never sends again once a batch has outlived
-its timeout, and with one request in flight per connection, so that a retry does not reorder the chunks of a trace.
-What arrives twice is recognised by its trace id.
+Delivery: at least once, and the chunks of a trace in order.  What arrives twice is recognised by its trace id.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.consumer.fetcher import ConsumerRecord
-from kafka.errors import (
-    InvalidRecordError,
-    InvalidTopicError,
-    KafkaError,
-    KafkaTimeoutError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-    TopicAlreadyExistsError,
-)
-from kafka.net.compat import KafkaNetClient
-from livedraft.contracts.errors import SettingsError, StreamUnavailable, TraceError
+from livedraft.contracts.errors import StreamUnavailable, TraceError
 from livedraft.contracts.settings import Kafka
-from livedraft.traces.kafka_settings import (
-    ANSWER_MS,
-    CONNECT_MS,
-    DEAD,
-    TRACES,
-    connecting,
-    consuming,
-    producing,
-    topic,
-    topics,
-)
+from livedraft.traces.kafka_client import Message, Producer, ensure_topics
+from livedraft.traces.kafka_settings import ANSWER_MS, DEAD, TRACES
 from livedraft.traces.parcel import Parcel
 
 log = logging.getLogger(__name__)
-logging.getLogger("kafka").setLevel(logging.ERROR)  # it tells of every connection, retry and rebalance
-
-#: What sending again does not help.
-_REFUSALS = (MessageSizeTooLargeError, RecordListTooLargeError, InvalidRecordError, InvalidTopicError)
-
-
-def ensure_topics(brokers: Sequence[str], settings: Kafka) -> None:
-    """Create the topics that do not exist.  Raises StreamUnavailable, SettingsError."""
-    admin = client(KafkaAdminClient, brokers, settings)
-    try:
-        existing = set(admin.list_topics())
-        for name, spec in topics(settings).items():
-            if name not in existing:
-                try:
-                    admin.create_topics({name: spec}, timeout_ms=ANSWER_MS)
-                except TopicAlreadyExistsError:  # another process was quicker
-                    continue
-    except KafkaError as error:
-        raise StreamUnavailable(f"creating topics {settings.prefix}.*: {error!r}") from error
-    finally:
-        admin.close()
 
 
 class KafkaSender:
@@ -69,58 +23,43 @@ class KafkaSender:
     def __init__(self, brokers: Sequence[str], settings: Kafka, name: str = TRACES) -> None:
         if settings.create_topics:
             ensure_topics(brokers, settings)
-        self._topic = topic(settings, name)
-        self._producer = _producer(brokers, settings)
+        self._producer = Producer(brokers, settings, name)
         try:
-            self._producer.partitions_for(self._topic)  # so that no send waits for it
-        except KafkaError as error:
+            self._producer.find_topic()
+        except StreamUnavailable:
             self.close(0.0)
-            raise StreamUnavailable(f"topic {self._topic}: {error!r}") from error
+            raise
 
     def send(self, parcel: Parcel, done: Callable[[Exception | None], None]) -> None:
         """As ``Sender.send``."""
-        _Acknowledgements(len(parcel.messages), done).follow(
-            self._send(self._producer.send, parcel, message) for message in parcel.messages
-        )
+        acknowledgements = _Acknowledgements(len(parcel.messages), done)
+        for number, message in enumerate(parcel.messages):
+            try:
+                self._producer.send(parcel.key, message, parcel.headers, acknowledgements.add)
+            except TraceError as error:
+                if number == 0 and isinstance(error, StreamUnavailable):
+                    raise
+                acknowledgements.add(error)
+                return
 
     def close(self, timeout: float) -> None:
         """As ``Sender.close``."""
         self._producer.close(timeout)
 
-    def _send(self, send: Callable[..., Any], parcel: Parcel, message: bytes) -> Any:
-        return send(self._topic, message, key=parcel.key, headers=list(parcel.headers))
-
 
 class _Acknowledgements:
-    """Counts the messages of a parcel; all but ``follow`` on the client's thread."""
+    """Counts the messages of a parcel, which is done with the last of them or with the first error."""
 
     def __init__(self, count: int, done: Callable[[Exception | None], None]) -> None:
         self._left = count
         self._done = done
 
-    def follow(self, futures: Iterable[Any]) -> None:
-        """Send, one after the other."""
-        sent = 0
-        try:
-            for future in futures:
-                future.add_callback(self._acknowledged)
-                future.add_errback(self._failed)
-                sent += 1
-        except (KafkaError, ValueError) as error:  # ValueError: a topic without partitions
-            if not sent and not isinstance(error, _REFUSALS):
-                raise StreamUnavailable(f"{error!r}") from error
-            self._failed(error)
-
-    def _acknowledged(self, _: object) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._done(None)
-
-    def _failed(self, error: Exception) -> None:
+    def add(self, error: Exception | None) -> None:
+        """One message."""
         if self._left > 0:
-            self._left = 0
-            kind = TraceError if isinstance(error, _REFUSALS) else StreamUnavailable
-            self._done(kind(f"{error!r}"))
+            self._left = 0 if error else self._left - 1
+            if self._left == 0:
+                self._done(error)
 
 
 class DeadLetters:
@@ -128,115 +67,32 @@ class DeadLetters:
 
     def __init__(self, brokers: Sequence[str], settings: Kafka) -> None:
         self._brokers, self._settings = brokers, settings
-        self._producer: Any = None
+        self._producer: Producer | None = None
 
-    def bury(self, record: ConsumerRecord, reason: str) -> None:
+    def bury(self, message: Message, reason: str) -> None:
         """Queue a copy; a broker that does not take it costs a warning."""
-        place = {"reason": reason, "topic": record.topic, "partition": record.partition, "offset": record.offset}
-        headers = [*record.headers, *((name, str(value).encode()) for name, value in place.items())]
+        place = {"reason": reason, "topic": message.topic, "partition": message.partition, "offset": message.offset}
+        headers = [*message.headers, *((name, str(value).encode()) for name, value in place.items())]
         try:
             if self._producer is None:
-                self._producer = _producer(self._brokers, self._settings)
-            future = self._producer.send(topic(self._settings, DEAD), record.value, key=record.key, headers=headers)
-            future.add_errback(self._failed)
-        except (KafkaError, ValueError, StreamUnavailable) as error:
-            self._failed(error)
+                self._producer = Producer(self._brokers, self._settings, DEAD)
+            self._producer.send(message.key, message.value, headers, self._sent)
+        except TraceError as error:
+            self._sent(error)
 
     def flush(self) -> None:
         """Wait, for seconds at most, until the broker has all copies."""
         if self._producer is not None:
             try:
                 self._producer.flush(ANSWER_MS / 1000)
-            except KafkaError as error:
-                self._failed(error)
+            except TraceError as error:
+                self._sent(error)
 
     def close(self) -> None:
         """Send what is queued."""
         if self._producer is not None:
             self._producer.close(1.0)
 
-    def _failed(self, error: Exception) -> None:
-        log.warning("a dead letter was not copied: %r", error)
-
-
-class RawClient:
-    """kafka-python on ``<prefix>.traces`` with nothing of ours around it: what a measurement is compared with."""
-
-    def __init__(self, brokers: Sequence[str], settings: Kafka) -> None:
-        self._topic = topic(settings, TRACES)
-        self._producer = _producer(brokers, settings)
-        self._consumer = client(KafkaConsumer, brokers, settings, **consuming(settings))
-        self._consumer.assign([TopicPartition(self._topic, n) for n in range(settings.partitions)])
-
-    def send(self, key: bytes, message: bytes) -> None:
-        """Queue it."""
-        self._producer.send(self._topic, message, key=key)
-
-    def flush(self) -> None:
-        """Until all are acknowledged."""
-        self._producer.flush()
-
-    def poll(self) -> int:
-        """How many messages came."""
-        return sum(map(len, self._consumer.poll(timeout_ms=200).values()))
-
-    def close(self) -> None:
-        """Let go of both."""
-        self._producer.close(1.0)
-        self._consumer.close()
-
-
-def _producer(brokers: Sequence[str], settings: Kafka) -> Any:
-    return client(_Producer, brokers, settings, **producing(settings))
-
-
-class _Producer(KafkaProducer):  # type: ignore[misc]
-    """Closes on time: the client's own leaves its thread and its messages behind when it cannot flush first."""
-
-    _closing = False
-
-    def close(self, timeout: float | None = None, null_logger: bool = False) -> None:
-        """What is not acknowledged within ``timeout`` seconds is given up."""
-        self._closing = True
-        super().close(timeout, null_logger)
-
-    def flush(self, timeout: float | None = None) -> None:
-        """Raises KafkaTimeoutError, unless this is a part of closing."""
-        try:
-            super().flush(timeout)
-        except KafkaTimeoutError:
-            if not self._closing:
-                raise
-
-
-def client(kind: Callable[..., Any], brokers: Sequence[str], settings: Kafka, **more: Any) -> Any:
-    """A connected client with the settings that all of them share.  Raises StreamUnavailable, SettingsError."""
-    options = connecting(brokers, settings)
-    _knock(brokers)
-    made: list[KafkaNetClient] = []
-
-    def keep(**given: Any) -> KafkaNetClient:
-        made.append(KafkaNetClient(**given))
-        return made[-1]
-
-    try:
-        return kind(**options, **more, kafka_client=keep)
-    except KafkaError as error:
-        for client in made:  # it leaves a thread and sockets behind when it cannot start
-            client.close()
-        raise StreamUnavailable(f"no broker at {', '.join(brokers)}: {error!r}") from error
-    except (OSError, ValueError, RuntimeError) as error:  # certificates, combinations, codecs that are not installed
-        raise SettingsError(f"[kafka]: {error}") from error
-
-
-def _knock(brokers: Sequence[str]) -> None:
-    """A refused connection is told at once; the client would try again for seconds, and tell nothing of it."""
-    refusals = []
-    for broker in brokers:
-        host, _, port = broker.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_MS / 1000).close()
-            return
-        except OSError as error:
-            refusals.append(f"{broker} ({error})")
-    raise StreamUnavailable(f"no broker at {', '.join(refusals)}")
+    def _sent(self, error: Exception | None) -> None:
+        if error is not None:
+            log.warning("a dead letter was not copied: %s", error)

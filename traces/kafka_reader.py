@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.consumer.fetcher import ConsumerRecord
-from kafka.errors import KafkaError
 from livedraft.contracts.errors import StreamUnavailable, TraceError
 from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Trace
 from livedraft.contracts.settings import Kafka
 from livedraft.traces.chunks import Assembler
 from livedraft.traces.codec import decode_all
-from livedraft.traces.kafka import client
-from livedraft.traces.kafka_settings import ANSWER_MS, TRACES, consuming, partition_name, partition_of, topic
+from livedraft.traces.kafka_client import Consumer, Message
+from livedraft.traces.kafka_settings import ANSWER_MS
 
 #: Messages read again before the first that is wanted, because a trace of another producer may have begun there.
 LOOK_BACK = 64
+_TICK_S = 0.2
 _HEAD_BYTES = 64
 
 
@@ -25,28 +23,22 @@ class TopicReader:
     """Reads ``<prefix>.traces`` without joining a group, from any offset on.  Raises StreamUnavailable."""
 
     def __init__(self, brokers: Sequence[str], settings: Kafka) -> None:
-        self._topic = topic(settings, TRACES)
-        self._consumer = client(KafkaConsumer, brokers, settings, **consuming(settings))
+        self._consumer = Consumer(brokers, settings)
 
     def bounds(self) -> dict[str, tuple[int, int]]:
         """Partition -> its oldest offset, and that of the next record; nothing where there is no such topic."""
-        try:
-            places = [TopicPartition(self._topic, n) for n in self._consumer.partitions_for_topic(self._topic)]
-            if not places:
-                return {}
-            oldest = self._consumer.beginning_offsets(places, timeout_ms=ANSWER_MS)
-            ends = self._consumer.end_offsets(places, timeout_ms=ANSWER_MS)
-            self._consumer.assign(places)
-            for place in places:
-                self._consumer.seek(place, ends[place])
-            for _ in range(5):  # not every broker counts the last batch right when asked; what a fetch says is so
-                self._consumer.poll(timeout_ms=200)
-                if all(self._consumer.highwater(place) is not None for place in places):
-                    break
-            ends = {place: max(end, self._consumer.highwater(place) or 0) for place, end in ends.items()}
-        except KafkaError as error:
-            raise StreamUnavailable(f"{self._topic}: {error!r}") from error
-        return {partition_name(*place): (oldest[place], ends[place]) for place in sorted(places)}
+        names = self._consumer.partitions()
+        if not names:
+            return {}
+        oldest, ends = self._consumer.oldest(names), self._consumer.ends(names)
+        self._consumer.assign(names)
+        for name in names:
+            self._consumer.seek(name, ends[name])
+        for _ in range(5):  # not every broker counts the last batch right when asked; what a fetch says is so
+            self._consumer.poll(_TICK_S)
+            if all(self._consumer.end_seen(name) is not None for name in names):
+                break
+        return {name: (oldest[name], max(ends[name], self._consumer.end_seen(name) or 0)) for name in names}
 
     def read(self, start: Offsets, *, follow: bool = False) -> Iterator[Delivery]:
         """Items of the partitions in ``start`` that end at or after the offset there.
@@ -54,62 +46,55 @@ class TopicReader:
         To the end, as it is when one comes to it; for ever when ``follow``.
         """
         assemblers = {name: Assembler() for name in start}
-        for place, records in self._records(start, follow):
-            name = partition_name(*place)
-            for record, item in items(assemblers[name], records):
-                if record.offset >= start[name]:
-                    yield Delivery(partition=name, offset=record.offset, item=item)
+        for name, messages in self._messages(start, follow):
+            for message, item in items(assemblers[name], messages):
+                if message.offset >= start[name]:
+                    yield Delivery(partition=name, offset=message.offset, item=item)
 
     def messages(self, name: str, first: int) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of each message of a partition to its end, some from before ``first`` included."""
-        for _, records in self._records({name: first}, follow=False):
-            for record in records:
-                yield record.offset, record.value or b""
+        for _, messages in self._messages({name: first}, follow=False):
+            for message in messages:
+                yield message.offset, message.value or b""
 
-    def _records(self, start: Offsets, follow: bool) -> Iterator[tuple[TopicPartition, list[ConsumerRecord]]]:
-        first = {TopicPartition(*partition_of(name)): max(0, offset - LOOK_BACK) for name, offset in start.items()}
+    def _messages(self, start: Offsets, follow: bool) -> Iterator[tuple[str, list[Message]]]:
         heard = time.monotonic()
-        try:
-            self._consumer.assign(list(first))
-            for place, offset in first.items():
-                self._consumer.seek(place, offset)
-            while follow or not all(map(self._at_end, first)):
-                fetched = self._consumer.poll(timeout_ms=200)
-                if fetched or follow:
-                    heard = time.monotonic()
-                elif time.monotonic() - heard > ANSWER_MS / 1000:
-                    raise StreamUnavailable(f"{self._topic}: nothing came for {ANSWER_MS / 1000:g} seconds")
-                yield from fetched.items()
-        except KafkaError as error:
-            raise StreamUnavailable(f"{self._topic}: {error!r}") from error
+        self._consumer.assign(start)
+        for name, offset in start.items():
+            self._consumer.seek(name, max(0, offset - LOOK_BACK))
+        while follow or not all(map(self._at_end, start)):
+            fetched = self._consumer.poll(_TICK_S)
+            if fetched or follow:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > ANSWER_MS / 1000:
+                raise StreamUnavailable(f"{self._consumer.topic}: nothing came for {ANSWER_MS / 1000:g} seconds")
+            yield from fetched.items()
 
     def close(self) -> None:
         """Safe to call twice."""
-        self._consumer.close(timeout_ms=ANSWER_MS)
+        self._consumer.close()
 
-    def _at_end(self, place: TopicPartition) -> bool:
-        end = self._consumer.highwater(place)
-        return end is not None and (self._consumer.position(place, timeout_ms=ANSWER_MS) or 0) >= end
+    def _at_end(self, name: str) -> bool:
+        end = self._consumer.end_seen(name)
+        return end is not None and self._consumer.position(name) >= end
 
 
-def items(
-    assembler: Assembler, records: Sequence[ConsumerRecord]
-) -> Iterator[tuple[ConsumerRecord, Trace | DeadLetter]]:
-    """Each record that is an item or completes one, with it."""
+def items(assembler: Assembler, messages: Sequence[Message]) -> Iterator[tuple[Message, Trace | DeadLetter]]:
+    """Each message that is an item or completes one, with it."""
     whole: list[bytes | TraceError] = []
-    ends: list[ConsumerRecord] = []
-    for record in records:
-        message: bytes | TraceError | None
+    ends: list[Message] = []
+    for message in messages:
+        record: bytes | TraceError | None
         try:
-            message = assembler.add(record.value or b"")
+            record = assembler.add(message.value or b"")
         except TraceError as error:
-            message = error
-        if message is not None:
-            whole.append(message)
-            ends.append(record)
-    for record, found in zip(ends, decode_all(whole), strict=True):
+            record = error
+        if record is not None:
+            whole.append(record)
+            ends.append(message)
+    for end, found in zip(ends, decode_all(whole), strict=True):
         if isinstance(found, TraceError):
-            head = (record.value or b"")[:_HEAD_BYTES]
-            yield record, DeadLetter(offset=record.offset, reason=str(found), head=head)
+            head = (end.value or b"")[:_HEAD_BYTES]
+            yield end, DeadLetter(offset=end.offset, reason=str(found), head=head)
         else:
-            yield record, found
+            yield end, found

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.consumer.fetcher import ConsumerRecord
-from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
-from kafka.structs import MemberState, OffsetAndMetadata
-from livedraft.contracts.errors import SettingsError, StreamUnavailable
+from livedraft.contracts.errors import SettingsError, StreamUnavailable, TraceError
 from livedraft.contracts.messages import DeadLetter, Delivery, Offsets
 from livedraft.contracts.settings import Kafka
 from livedraft.traces.chunks import Assembler
-from livedraft.traces.kafka import DeadLetters, client, ensure_topics
+from livedraft.traces.kafka import DeadLetters
+from livedraft.traces.kafka_client import Consumer, Message, NoAnswer, ensure_topics
 from livedraft.traces.kafka_reader import LOOK_BACK, items
-from livedraft.traces.kafka_settings import (
-    ANSWER_MS,
-    TRACES,
-    consuming,
-    first_offset,
-    partition_name,
-    partition_of,
-    sharing,
-    topic,
-)
+from livedraft.traces.kafka_settings import first_offset, partition_of
 
 log = logging.getLogger(__name__)
 
@@ -61,39 +48,31 @@ class KafkaSource:
         if settings.create_topics:
             ensure_topics(brokers, settings)
         self._brokers, self._settings = brokers, settings
-        self._topic = topic(settings, TRACES)
         self._member = settings.member or socket.gethostname()
         self._fixed = share is not None
-        self._consumer = client(
-            KafkaConsumer,
-            brokers,
-            settings,
-            partition_assignment_strategy=(CooperativeStickyAssignor,),
-            **consuming(settings),
-            **sharing(settings, group),
-        )
+        self._consumer = Consumer(brokers, settings, group)
         self._letters = DeadLetters(brokers, settings) if group == settings.dead_letter_group else None
         #: Where to begin, and then the next record not yet polled.
-        self._next: dict[TopicPartition, int] = {}
+        self._next: Offsets = {}
         #: The first record asked for, at or before the one to begin with.
-        self._fetched_from: dict[TopicPartition, int] = {}
-        self._assemblers: dict[TopicPartition, Assembler] = {}
+        self._fetched_from: Offsets = {}
+        self._assemblers: dict[str, Assembler] = {}
         self._incomplete = 0
         #: Partitions that came and have no position yet, and those about to leave.
-        self._gained: set[TopicPartition] = set()
-        self._leaving: set[TopicPartition] = set()
+        self._gained: set[str] = set()
+        self._leaving: set[str] = set()
         self._save: Callable[[], None] = lambda: None
-        self._committing: dict[TopicPartition, OffsetAndMetadata] = {}
+        self._committing: Offsets = {}
         #: Ends of partitions when the broker was last asked, and when to ask it again after it did not answer.
-        self._ends: dict[TopicPartition, int] = {}
-        self._begun: dict[TopicPartition, int] = {}
+        self._ends: Offsets = {}
+        self._begun: Offsets = {}
         self._ask_at = 0.0
         #: When to wait for a join again after one that took too long.
         self._join_at = 0.0
         #: Unix seconds at which the request of the trace polled last ended.
         self._last_at = 0.0
         if share is None:
-            self._consumer.subscribe([self._topic], listener=_Listener(self))
+            self._consumer.subscribe(self)
         else:
             self._take(*share)
 
@@ -105,7 +84,7 @@ class KafkaSource:
     @property
     def partitions(self) -> set[str]:
         """Those this consumer reads now."""
-        return {partition_name(*place) for place in self._consumer.assignment()}
+        return self._consumer.assignment()
 
     def on_release(self, save: Callable[[], None]) -> None:
         """As ``TraceSource.on_release``.  ``save`` runs while ``poll`` waits, on the client's thread."""
@@ -113,9 +92,11 @@ class KafkaSource:
 
     def seek(self, offsets: Offsets) -> None:
         """Continue from ``offsets``; partitions without one begin where the group has committed."""
-        self._next = {_place(name): offset for name, offset in offsets.items()}
+        for name in offsets:
+            partition_of(name)
+        self._next = dict(offsets)
         self._gained |= self._consumer.assignment()
-        self._consumer.pause(*self._gained)
+        self._consumer.pause(self._gained)
 
     def poll(self, timeout: float = 0.0, limit: int = 256) -> list[Delivery]:
         """Up to ``limit`` items, waiting at most ``timeout`` seconds for the first; longer to join and to hand over.
@@ -126,49 +107,44 @@ class KafkaSource:
         found: list[Delivery] = []
         while not found:
             left = max(0.0, deadline - time.monotonic())
-            fetched: dict[TopicPartition, list[ConsumerRecord]] = {}  # kept whatever fails after it
-            try:
-                fetched = self._consumer.poll(timeout_ms=min(left, _TICK_S) * 1000, max_records=limit)
+            fetched: dict[str, list[Message]] = {}  # kept whatever fails after it
+            with contextlib.suppress(NoAnswer):
+                fetched = self._consumer.poll(min(left, _TICK_S), limit)
                 if not fetched and not self._fixed:
                     fetched = self._join(limit)
                 self._begin_gained()
                 self._leave_the_beyond()
-            except KafkaError as error:
-                if not error.retriable:
-                    raise StreamUnavailable(f"{self._topic}: {error!r}") from error
-            for place, records in fetched.items():
-                found += self._read(place, records)
+            for name, messages in fetched.items():
+                found += self._read(name, messages)
             if not left:
                 break
         return found
 
     def _take(self, rank: int, ranks: int) -> None:
         try:
-            places = self._all_partitions()
-            if len(places) < ranks:
-                found = f"{self._topic} has {len(places)} partitions"
+            names = self._consumer.partitions()
+            if len(names) < ranks:
+                found = f"{self._consumer.topic} has {len(names)} partitions"
                 raise SettingsError(f"{found}, expected at least one for each of {ranks} ranks")
-            self._consumer.assign(places[rank::ranks])
-        except (KafkaError, SettingsError) as error:
+            self._consumer.assign(names[rank::ranks])
+        except (StreamUnavailable, SettingsError):
             self.close()
-            if isinstance(error, KafkaError):
-                raise StreamUnavailable(f"{self._topic}: {error!r}") from error
             raise
-        self.assigned(set(places[rank::ranks]))
+        self.assigned(set(names[rank::ranks]))
 
-    def _join(self, limit: int) -> dict[TopicPartition, list[ConsumerRecord]]:
+    def _join(self, limit: int) -> dict[str, list[Message]]:
         """Stay with the client until it has joined: a join that ends between two polls is thrown away, and begun anew.
 
         One that takes too long, or a broker that is away, is left alone for a while.
         """
-        fetched: dict[TopicPartition, list[ConsumerRecord]] = {}
+        fetched: dict[str, list[Message]] = {}
         now = time.monotonic()
         until = now + _JOIN_S if now >= self._join_at else 0.0
-        while not fetched and self._consumer.group_metadata().state != MemberState.STABLE:
+        while not fetched and not self._consumer.has_joined:
             if time.monotonic() >= until:
                 self._join_at = max(self._join_at, until + _ASK_AGAIN_S)
                 break
-            fetched = self._consumer.poll(timeout_ms=_TICK_S * 1000, max_records=limit)
+            fetched = self._consumer.poll(_TICK_S, limit)
         return fetched
 
     def commit(self, offsets: Offsets) -> None:
@@ -178,27 +154,22 @@ class KafkaSource:
         the offsets that it gives to ``seek``.
         """
         ours = self._consumer.assignment() | self._leaving
-        places = {_place(name): offset for name, offset in offsets.items()}
-        noted = {p: OffsetAndMetadata(offset, self._member, -1) for p, offset in places.items() if p in ours}
+        offsets = {name: offset for name, offset in offsets.items() if name in ours}
         if self._leaving:  # the listener sends them
-            self._committing = noted
+            self._committing = offsets
             return
         if self._letters is not None:
             self._letters.flush()
         try:
-            if noted:
-                self._consumer.commit(noted, timeout_ms=ANSWER_MS)
-        except KafkaError as error:
-            log.warning("offsets are not committed for now: %r", error)
+            if offsets:
+                self._consumer.commit(offsets, self._member)
+        except TraceError as error:
+            log.warning("offsets are not committed for now: %s", error)
 
     def committed(self) -> Offsets:
         """What this group committed last.  Raises StreamUnavailable."""
-        try:
-            places = self._all_partitions()
-            found = {place: self._consumer.committed(place, timeout_ms=ANSWER_MS) for place in places}
-        except KafkaError as error:
-            raise StreamUnavailable(f"{self._topic}: {error!r}") from error
-        return {partition_name(*place): offset for place, offset in found.items() if offset is not None}
+        noted = {name: self._consumer.committed(name) for name in self._consumer.partitions()}
+        return {name: found[0] for name, found in noted.items() if found is not None}
 
     def lag(self) -> int:
         """Messages of our partitions written but not yet polled; before we have any, all not yet committed.
@@ -208,18 +179,18 @@ class KafkaSource:
         ours = self._consumer.assignment()
         if time.monotonic() >= self._ask_at:
             try:
-                ends = self._consumer.end_offsets(list(ours) or self._all_partitions(), timeout_ms=_LAG_MS)
-                self._begun = {} if ours else {_place(name): offset for name, offset in self.committed().items()}
+                ends = self._consumer.ends(ours or self._consumer.partitions(), _LAG_MS)
+                self._begun = {} if ours else self.committed()
                 self._ends = ends
-            except (KafkaError, StreamUnavailable) as error:
+            except StreamUnavailable:
                 self._ask_at = time.monotonic() + _ASK_AGAIN_S
                 if not self._ends:
-                    raise StreamUnavailable(f"{self._topic}: {error!r}") from error
+                    raise
         total = 0
-        for place, end in self._ends.items():
-            if place in ours:  # a fetch may have told of more
-                end = max(end, self._consumer.highwater(place) or 0)
-            total += max(0, end - self._next.get(place, self._begun.get(place, 0)))
+        for name, end in self._ends.items():
+            if name in ours:  # a fetch may have told of more
+                end = max(end, self._consumer.end_seen(name) or 0)
+            total += max(0, end - self._next.get(name, self._begun.get(name, 0)))
         return total
 
     def age_s(self) -> float:
@@ -229,110 +200,83 @@ class KafkaSource:
     def close(self) -> None:
         """Leave the group.  Safe to call twice."""
         self._save = lambda: None  # what is used and not yet saved is for the next owner
-        try:
-            self._consumer.close(autocommit=False, timeout_ms=ANSWER_MS)
-        except KafkaError as error:
-            log.warning("leaving the group: %r", error)
+        self._consumer.close()
         if self._letters is not None:
             self._letters.close()
 
-    def _read(self, place: TopicPartition, records: Sequence[ConsumerRecord]) -> list[Delivery]:
-        if records[0].offset < self._fetched_from[place]:  # the client went back by itself
-            self._start_over(place)
-        name, found = partition_name(*place), list[Delivery]()
-        for record, item in items(self._assembler(place), records):
-            if record.offset < self._next[place]:  # only looked back at
+    def _read(self, name: str, messages: Sequence[Message]) -> list[Delivery]:
+        if messages[0].offset < self._fetched_from[name]:  # the client went back by itself
+            self._start_over(name)
+        found = list[Delivery]()
+        for message, item in items(self._assembler(name), messages):
+            if message.offset < self._next[name]:  # only looked back at
                 continue
             if isinstance(item, DeadLetter):
                 if self._letters is not None:
-                    self._letters.bury(record, item.reason)
+                    self._letters.bury(message, item.reason)
             else:
                 self._last_at = item.finished_at
-            found.append(Delivery(partition=name, offset=record.offset, item=item))
-        self._next[place] = max(self._next[place], records[-1].offset + 1)
+            found.append(Delivery(partition=name, offset=message.offset, item=item))
+        self._next[name] = max(self._next[name], messages[-1].offset + 1)
         return found
 
-    def _assembler(self, place: TopicPartition) -> Assembler:
-        if (found := self._assemblers.get(place)) is None:
-            found = self._assemblers[place] = Assembler()
+    def _assembler(self, name: str) -> Assembler:
+        if (found := self._assemblers.get(name)) is None:
+            found = self._assemblers[name] = Assembler()
         return found
 
     def _begin_gained(self) -> None:
         """Find out where to begin with the partitions that came; an answer that does not come is asked for again."""
-        for place in sorted(self._gained & self._consumer.assignment()):
-            noted = self._consumer.committed(place, metadata=True, timeout_ms=ANSWER_MS)
-            first = first_offset(
-                self._next.get(place),
-                noted.offset if noted else None,
-                by_other=bool(noted and noted.metadata and noted.metadata != self._member) and not self._fixed,
-            )
-            self._forget(place)
-            self._next[place] = first
-            self._fetched_from[place] = max(0, first - LOOK_BACK)
-            self._consumer.seek(place, self._fetched_from[place])
-            self._consumer.resume(place)
-            self._gained.discard(place)
+        for name in sorted(self._gained & self._consumer.assignment()):
+            committed, member = self._consumer.committed(name) or (None, "")
+            by_other = bool(member) and member != self._member and not self._fixed
+            first = first_offset(self._next.get(name), committed, by_other=by_other)
+            self._forget(name)
+            self._next[name] = first
+            self._fetched_from[name] = max(0, first - LOOK_BACK)
+            self._consumer.seek(name, self._fetched_from[name])
+            self._consumer.resume(name)
+            self._gained.discard(name)
 
     def _leave_the_beyond(self) -> None:
         """A topic made anew ends before our offset: Kafka refuses that, and the client goes back; others just wait."""
-        for place in self._consumer.assignment() - self._gained:
-            end = self._consumer.highwater(place)
-            if end is not None and end < self._fetched_from[place]:
-                self._start_over(place)
-                self._consumer.seek_to_beginning(place)
+        for name in self._consumer.assignment() - self._gained:
+            end = self._consumer.end_seen(name)
+            if end is not None and end < self._fetched_from[name]:
+                self._start_over(name)
+                self._consumer.seek_to_oldest(name)
 
-    def _start_over(self, place: TopicPartition) -> None:
-        log.warning("%s no longer has offset %d: going on at its oldest record", place, self._next[place])
-        self._next[place] = self._fetched_from[place] = 0
-        self._forget(place)
+    def _start_over(self, name: str) -> None:
+        log.warning("%s no longer has offset %d: going on at its oldest record", name, self._next[name])
+        self._next[name] = self._fetched_from[name] = 0
+        self._forget(name)
 
-    def _forget(self, place: TopicPartition) -> None:
-        if old := self._assemblers.pop(place, None):
+    def _forget(self, name: str) -> None:
+        if old := self._assemblers.pop(name, None):
             self._incomplete += old.incomplete
 
-    def _all_partitions(self) -> list[TopicPartition]:
-        return [TopicPartition(self._topic, n) for n in sorted(self._consumer.partitions_for_topic(self._topic))]
-
-    async def revoked(self, places: set[TopicPartition]) -> None:
-        """The client's thread, ``poll`` waiting: save, commit, and only then let go."""
-        self._leaving, self._committing = set(places), {}
+    async def revoked(self, names: set[str]) -> None:
+        """As ``Owner.revoked``: save, commit, and only then let go."""
+        self._leaving, self._committing = set(names), {}
         try:
             self._save()
             if self._committing:
-                await self._consumer.commit_async(self._committing)
-        except KafkaError as error:
-            log.warning("offsets are not committed, the next owner will repeat some: %r", error)
+                await self._consumer.commit_leaving(self._committing, self._member)
+        except StreamUnavailable as error:
+            log.warning("offsets are not committed, the next owner will repeat some: %s", error)
         finally:
             self._leaving = set()
-            self.lost(places)
-            for place in places:
-                self._next.pop(place, None)
+            self.lost(names)
+            for name in names:
+                self._next.pop(name, None)
 
-    def lost(self, places: set[TopicPartition]) -> None:
-        """They are no longer ours, and nothing was handed over: should they come back, we know what we have used."""
-        self._gained -= places
-        for place in places:
-            self._forget(place)
+    def lost(self, names: set[str]) -> None:
+        """As ``Owner.lost``: should they come back, we know what we have used."""
+        self._gained -= names
+        for name in names:
+            self._forget(name)
 
-    def assigned(self, places: set[TopicPartition]) -> None:
-        """Held back until ``poll`` has found out where to begin: here, nothing may wait for the broker."""
-        self._gained |= places
-        self._consumer.pause(*places)
-
-
-class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
-    def __init__(self, source: KafkaSource) -> None:
-        self._source = source
-
-    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._source.revoked(revoked)
-
-    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        self._source.assigned(assigned)
-
-    async def on_partitions_lost(self, lost: set[TopicPartition]) -> None:
-        self._source.lost(lost)
-
-
-def _place(name: str) -> TopicPartition:
-    return TopicPartition(*partition_of(name))
+    def assigned(self, names: set[str]) -> None:
+        """As ``Owner.assigned``: held back until ``poll`` has found out where to begin."""
+        self._gained |= names
+        self._consumer.pause(names)

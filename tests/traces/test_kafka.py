@@ -15,7 +15,8 @@ from livedraft.contracts.messages import DeadLetter, Delivery, Offsets, Trace
 from livedraft.contracts.settings import Kafka, Traces
 from livedraft.traces.chunks import split
 from livedraft.traces.codec import encode
-from livedraft.traces.kafka import KafkaSender, ensure_topics
+from livedraft.traces.kafka import KafkaSender
+from livedraft.traces.kafka_client import ensure_topics
 from livedraft.traces.kafka_settings import first_offset
 from livedraft.traces.kafka_source import KafkaSource
 from livedraft.traces.urls import open_sink
