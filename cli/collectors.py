@@ -34,7 +34,8 @@ class TrainerCollector(Collector):
             return
         yield CounterMetricFamily(names.TRAINER_STEPS, "Optimiser steps taken.", progress.steps)
         yield CounterMetricFamily(names.TRAINER_TOKENS, "Positions learned from.", progress.tokens)
-        yield GaugeMetricFamily(names.TRAINER_LAG, "Records written but not yet read by the trainer.", progress.lag)
+        if progress.lag is not None:
+            yield GaugeMetricFamily(names.TRAINER_LAG, "Records written but not yet read by the trainer.", progress.lag)
         about = "Share of the target's probability on tokens that the drafter cannot propose."
         yield GaugeMetricFamily(names.TRAINER_EXCLUDED, about, progress.excluded)
         if progress.loss is not None:

@@ -46,7 +46,7 @@ class TrainerProgress(Record, frozen=True, kw_only=True):
     steps: int
     tokens: int
     tokens_per_s: float
-    lag: int
+    lag: int | None
     at: float
     loss: float | None = None
     accept_length: float | None = None
@@ -166,11 +166,12 @@ def _trainer(settings: Settings) -> Answer:
     learned = "nothing learned yet"
     if seen.loss is not None and seen.accept_length is not None:
         learned = f"loss {seen.loss:.3f}, accept length {seen.accept_length:.2f} in training"
+    behind = "an unknown number of" if seen.lag is None else seen.lag
     return Answer(
         msgspec.to_builtins(seen),
         [
             f"{seen.steps} steps, {seen.tokens} tokens, {seen.tokens_per_s:.0f} tokens/s; {learned}",
-            f"{seen.lag} records behind; published last: {seen.published or 'none'}",
+            f"{behind} records behind; published last: {seen.published or 'none'}",
             f"{seen.mode}: {seen.reason or 'no reason given'}; acceptance fell for good {seen.drifts} times",
             f"{seen.excluded:.1%} of what the target says cannot be proposed",
             f"said so {max(0.0, time.time() - seen.at):.0f} s ago",

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 from livedraft.contracts import checkpoint
+from livedraft.contracts.errors import StreamUnavailable
 from livedraft.contracts.messages import Offsets, Record
 from livedraft.contracts.ports import Registry, TraceSource
 from livedraft.contracts.settings import Trainer as Settings
@@ -40,7 +41,8 @@ class Progress(Record, frozen=True, kw_only=True):
     offsets: Offsets
     #: Deliveries by what became of them.
     counts: dict[str, int]
-    lag: int
+    #: None while the broker has not told.
+    lag: int | None
     #: Version published last.
     published: str | None
     at: float
@@ -98,7 +100,7 @@ def run(
         if learner.can_learn:
             report.last = learner.step()
             candidates = candidates.learned(learner.pace.level)
-        elif until_drained and not heard and not ranks.any(bool(source.lag())):
+        elif until_drained and not heard and not ranks.any(_lag(source) != 0):
             break
         if learner.steps > published_at:
             due, why = ranks.lead(partial(candidates.due, learner.pace.level, time.monotonic()))
@@ -121,6 +123,14 @@ def _hear(learner: Learner, source: TraceSource) -> bool:
     if not learner.appetite:
         return True
     return bool(learner.hear(source.poll(timeout=0.0 if learner.can_learn else 0.5, limit=learner.appetite)))
+
+
+def _lag(source: TraceSource) -> int | None:
+    """None while a broker does not say: only to look at it, a trainer does not end."""
+    try:
+        return source.lag()
+    except StreamUnavailable:
+        return None
 
 
 class _Every:
@@ -157,7 +167,7 @@ class _Report:
         ranks = learner.ranks
         if not (now or ranks.lead(self._due)):
             return
-        lag = sum(ranks.gather(self._source.lag()))
+        lags = ranks.gather(_lag(self._source))
         if ranks.rank:
             return
         progress = Progress(
@@ -168,7 +178,7 @@ class _Report:
             tokens_per_s=(learner.tokens - self._tokens) / max(time.monotonic() - self._start, 1e-9),
             offsets=learner.offsets,
             counts=learner.counts,
-            lag=lag,
+            lag=None if None in lags else sum(filter(None, lags)),
             published=self._publisher.latest,
             at=time.time(),
             mode=learner.pace.mode,

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from livedraft.contracts import checkpoint
-from livedraft.contracts.errors import RegistryUnavailable
+from livedraft.contracts.errors import RegistryUnavailable, StreamUnavailable
 from livedraft.contracts.messages import DrafterVersion, Manifest, Trace
 from livedraft.contracts.settings import Trainer
 from livedraft.swap.memory_registry import MemoryRegistry
-from livedraft.traces.memory import MemoryStream
+from livedraft.traces.memory import MemorySource, MemoryStream
 from livedraft.trainer.checkpoint import Checkpoints
 from livedraft.trainer.learner import Learner, TargetId
 from livedraft.trainer.loop import Progress, run
@@ -38,6 +38,18 @@ class Flaky(MemoryRegistry):
         if self.down:
             raise RegistryUnavailable("refused")
         return super().publish(folder, manifest, metrics)
+
+
+class Silent(MemorySource):
+    """Of a broker that does not say how much is left, so many times."""
+
+    times = 2
+
+    def lag(self) -> int:
+        if self.times:
+            self.times -= 1
+            raise StreamUnavailable("no answer in time")
+        return super().lag()
 
 
 @pytest.fixture
@@ -90,6 +102,22 @@ def test_a_registry_that_is_down_stops_nothing(
     assert registry.asked.is_set()
     assert 0.5 < learner.steps / (6 * options.max_uses // 2) <= 1  # until fewer are left than fill a batch
     assert len(list((tmp_path / "trainer" / "candidates").iterdir())) == 1
+
+
+def test_a_broker_that_does_not_say_how_much_is_left_ends_no_trainer(
+    learner: Learner, stream: MemoryStream, options: Trainer, tmp_path: Path
+) -> None:
+    def lag() -> int | None:
+        return msgspec.json.decode((tmp_path / "trainer" / "progress.json").read_bytes(), type=Progress).lag
+
+    source = Silent(stream, "trainer")
+    stop = threading.Event()
+    stop.set()
+    run(learner, source, None, options, stop)
+    assert (lag(), source.times) == (None, 1)
+    run(learner, source, None, options, threading.Event(), until_drained=True)
+    assert (lag(), source.times) == (0, 0)
+    assert learner.offsets == {"0": 6}
 
 
 def test_a_candidate_waits_for_the_registry_to_come_back(learner: Learner, tmp_path: Path) -> None:
