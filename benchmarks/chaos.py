@@ -42,12 +42,12 @@ from rich.progress import track
 _console = Console(stderr=True)
 #: Seconds between two kills, and that a broker stays dead.
 _PAUSE_S, _DEAD_S = (0.2, 1.5), (0.1, 2.5)
-#: Seconds without kills that the offers of which are compared, and for everything to arrive in the end.
+#: Seconds without kills that the offers of which are compared, and that the end may take without any progress.
 _CALM_S, _SETTLE_S = 10.0, 120.0
 _TRACE_BYTES = 16 << 10
 #: Seconds for a real trainer to write a checkpoint of its own, before which it has nothing to lose; and between two
 #: traces, of which a real one remembers only so many.
-_TRAINER_S, _OFFER_S = 60.0, {"small": 0.005, "real": 0.05}
+_TRAINER_S, _OFFER_S = 60.0, {"small": 0.005, "real": 0.1}
 
 
 class Learned(Record, frozen=True, kw_only=True):
@@ -55,6 +55,7 @@ class Learned(Record, frozen=True, kw_only=True):
 
     offsets: Offsets = {}
     traces: frozenset[str] = frozenset()
+    deliveries: int = 0
     #: Deliveries whose place in the stream was in this state already: what offsets that came apart would cause.
     repeated: int = 0
 
@@ -96,8 +97,11 @@ def chaos(place: Path | None, seed: int, kills: int, kind: Kind = "small") -> No
         _send_what_is_spilled(site)
         acknowledged = producer.acknowledged
         learned = _wait_for(site, trainer, acknowledged)
-        published = _published(site)
+        on_topic = _on_topic(site)
         trainer.stop()
+    published = {name for _, _, name in on_topic}
+    # Each trace is one message: had offsets and the rest of a state come apart, it would have counted other messages.
+    passed = sum(offset < learned.offsets.get(partition, 0) for partition, offset, _ in on_topic)
     report = {
         "trainer": kind,
         "kills": sum(done.values()),
@@ -106,7 +110,10 @@ def chaos(place: Path | None, seed: int, kills: int, kind: Kind = "small") -> No
         "lost": len(acknowledged - learned.traces),
         # Of those, what the broker does not have; the others, the trainer did not come to.
         "not_on_topic": len(acknowledged - published),
-        "trained_twice": learned.repeated,
+        # Messages of a trace that the topic has already: a producer was not told that the first had arrived.
+        "sent_twice": len(on_topic) - len(published),
+        "trained_twice": learned.repeated + max(0, learned.deliveries - passed),
+        "passed_over": max(0, passed - learned.deliveries),
         "p99_ratio": round(_p99(stormy) / _p99(calm), 3),
         "offer_p99_us": {"calm": round(_p99(calm) * 1e6, 1), "stormy": round(_p99(stormy) * 1e6, 1)},
         "offers": {"calm": len(calm), "stormy": len(stormy)},
@@ -162,7 +169,12 @@ class _Site:
         except (ValueError, FileNotFoundError):  # none yet, or a newer one has just taken its place
             return Learned()
         repeated = state.counts.get("admitted", 0) - len(set(state.known))
-        return Learned(offsets=state.offsets, traces=frozenset(state.known), repeated=repeated)
+        return Learned(
+            offsets=state.offsets,
+            traces=frozenset(state.known),
+            deliveries=sum(state.counts.values()),
+            repeated=repeated,
+        )
 
     def checkpoints(self) -> set[Path]:
         """Those of a real trainer."""
@@ -266,11 +278,11 @@ def _send_what_is_spilled(site: _Site) -> None:
     sink.close(10)
 
 
-def _published(site: _Site) -> set[str]:
-    """Ids of all traces on the topic."""
+def _on_topic(site: _Site) -> list[tuple[str, int, str]]:
+    """Partition, offset and id of each trace on the topic."""
     with contextlib.closing(TopicReader(broker_addresses(site.traces.url), site.kafka)) as reader:
         start = dict.fromkeys(reader.bounds(), 0)
-        return {d.item.trace_id for d in reader.read(start) if isinstance(d.item, Trace)}
+        return [(d.partition, d.offset, d.item.trace_id) for d in reader.read(start) if isinstance(d.item, Trace)]
 
 
 def _wait_for_life(site: _Site, trainer: _Child) -> None:
@@ -282,13 +294,15 @@ def _wait_for_life(site: _Site, trainer: _Child) -> None:
 
 
 def _wait_for(site: _Site, trainer: _Child, acknowledged: set[str]) -> Learned:
-    deadline = time.monotonic() + _SETTLE_S
-    while True:
+    """What the trainer has learned once it has all, or nothing more for too long."""
+    learned, deadline = site.learned(), time.monotonic() + _SETTLE_S
+    while not acknowledged <= learned.traces and time.monotonic() < deadline:
         trainer.keep()
-        learned = site.learned()
-        if acknowledged <= learned.traces or time.monotonic() > deadline:
-            return learned
         time.sleep(0.2)
+        before, learned = learned, site.learned()
+        if len(learned.traces) > len(before.traces):
+            deadline = time.monotonic() + _SETTLE_S
+    return learned
 
 
 def _p99(seconds: list[float]) -> float:
@@ -328,13 +342,13 @@ def _train(settings: Settings, state: Path) -> None:
     """Learn for ever; state and offsets are replaced together a few times a second."""
     learned = _load(state)
     source = _open_source(settings)
-    offsets, traces_seen, repeated = dict(learned.offsets), set(learned.traces), learned.repeated
+    offsets, traces_seen = dict(learned.offsets), set(learned.traces)
+    deliveries, repeated = learned.deliveries, learned.repeated
 
     def save() -> None:
         half = state.with_suffix(".half")
-        half.write_bytes(
-            msgspec.msgpack.encode(Learned(offsets=offsets, traces=frozenset(traces_seen), repeated=repeated))
-        )
+        now = Learned(offsets=offsets, traces=frozenset(traces_seen), deliveries=deliveries, repeated=repeated)
+        half.write_bytes(msgspec.msgpack.encode(now))
         half.replace(state)
         source.commit(offsets)
 
@@ -344,6 +358,7 @@ def _train(settings: Settings, state: Path) -> None:
     with stopping() as stop:
         while not stop.is_set():
             for delivery in source.poll(0.2):
+                deliveries += 1
                 repeated += delivery.offset < offsets.get(delivery.partition, 0)
                 if isinstance(delivery.item, Trace):
                     traces_seen.add(delivery.item.trace_id)
