@@ -279,10 +279,16 @@ def _send_what_is_spilled(site: _Site) -> None:
 
 
 def _on_topic(site: _Site) -> list[tuple[str, int, str]]:
-    """Partition, offset and id of each trace on the topic."""
-    with contextlib.closing(TopicReader(broker_addresses(site.traces.url), site.kafka)) as reader:
-        start = dict.fromkeys(reader.bounds(), 0)
-        return [(d.partition, d.offset, d.item.trace_id) for d in reader.read(start) if isinstance(d.item, Trace)]
+    """Partition, offset and id of each trace on the topic; a broker that is slow is asked again."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        try:
+            with contextlib.closing(TopicReader(broker_addresses(site.traces.url), site.kafka)) as reader:
+                found = reader.read(dict.fromkeys(reader.bounds(), 0))
+                return [(d.partition, d.offset, d.item.trace_id) for d in found if isinstance(d.item, Trace)]
+        except StreamUnavailable:
+            if time.monotonic() > deadline:
+                raise
 
 
 def _wait_for_life(site: _Site, trainer: _Child) -> None:
