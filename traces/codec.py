@@ -126,7 +126,7 @@ def _read(message: bytes) -> Trace:
         trace = msgspec.structs.replace(_TRACE.decode(body), schema_major=major, schema_minor=minor)
         if flags & PACKED_FEATURES:
             trace = _unpacked(trace)
-        unknown = _unknown_fields(body)
+        unknown = _unknown_fields(body) if minor > SCHEMA_MINOR else {}
     except (CorruptRecord, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _refusal(major, minor, error) from error
     return ExtendedTrace(**_fields(trace), unknown=unknown) if unknown else trace
