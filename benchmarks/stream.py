@@ -139,7 +139,7 @@ class _Ours(_Side):
 
 
 class _Raw(_Side):
-    """kafka-python alone, set up as by us, on ready messages that nobody looks into."""
+    """kafka-python alone with our settings, but its own sockets, on ready messages that nobody looks into."""
 
     name = "raw_"
 

@@ -46,6 +46,12 @@ def test_trainer_and_controller_tell_what_is_on_disk(tmp_path: Path) -> None:
         for at, action in enumerate(("reject", "promote", "reject")):
             journal.append(Decision(action=action, reason="", candidate=str(at), at=float(at)))  # type: ignore[arg-type]
         text = get(f"{url}/metrics")[1]
+        (tmp_path / "progress.json").write_text(
+            '{"steps": 4, "tokens": 50, "tokens_per_s": 1.0, "lag": null, "at": 0.0}'
+        )
+        later = get(f"{url}/metrics")[1]
+    assert "livedraft_trainer_steps_total 4.0" in later
+    assert "livedraft_trainer_lag" not in later  # nobody knows
     for line in (
         "livedraft_trainer_steps_total 3.0",
         "livedraft_trainer_tokens_total 40.0",
