@@ -24,10 +24,9 @@ class Budget:
         """Bytes claimed."""
         return self._held
 
-    @property
-    def crowded(self) -> bool:
-        """Whether more than half is claimed."""
-        return 2 * self._held > self._limit
+    def crowded(self, size: int = 0) -> bool:
+        """Whether more than half is claimed, or would be with ``size`` more bytes."""
+        return 2 * (self._held + size) > self._limit
 
     def fits(self, size: int) -> bool:
         """Whether ``size`` more bytes may be claimed."""

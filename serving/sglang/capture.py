@@ -28,7 +28,7 @@ from livedraft.serving.sglang.budget import Budget
 from livedraft.serving.sglang.identity import Drafting, Identity
 from livedraft.serving.sglang.proposals import Proposals, Tap, proposed
 from livedraft.serving.sglang.recording import Layout, Recording, Source, Torn, trace
-from livedraft.serving.sglang.rounds import Best, Lifted, Span, best, pack
+from livedraft.serving.sglang.rounds import Lifted, Span, Verdict
 from livedraft.serving.sglang.surface import Feature, Hook
 from livedraft.serving.sglang.tally import Tally
 from livedraft.traces.admission import admit
@@ -233,25 +233,25 @@ class Capture:
         if not rows:
             return original(worker, batch, *args, **kwargs)
         wide = self._feature_width(worker)
-        seen: list[tuple[Best, Tensor]] = []
+        seen: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
         def look(output: Any) -> None:
             # The target's pass; the drafter's comes after.  Sampling would overwrite these logits.
             if not seen:
                 pick = _picker(rows, len(reqs), output.next_token_logits.device)
-                logits = pick(output.next_token_logits[: len(reqs)])
-                values = best(logits, None if heat is None else pick(heat), width)
+                logits = pick(output.next_token_logits[: len(reqs)]).clone()
                 parts = [output.hidden_states[starts[i] : starts[i] + extends[i], :wide] for i in rows]
-                seen.append((values, parts[0] if len(parts) == 1 else torch.cat(parts)))
+                features = parts[0] if len(parts) == 1 else torch.cat(parts)
+                seen.append((logits, None if heat is None else pick(heat), features))
 
         with self._tap.shown(look):
             result = original(worker, batch, *args, **kwargs)
-        values, features = seen[0]
+        logits, temperatures, features = seen[0]
         drawn = _picker(rows, len(reqs), features.device)(result.next_token_ids[: len(reqs)])
-        words = pack(layout, values, drawn[:, None], torch.ones_like(drawn), drawn, None)
+        verdict = Verdict(logits, temperatures, drawn[:, None], torch.ones_like(drawn), drawn)
         firsts = [sum(extends[i] for i in rows[:slot]) for slot in range(len(rows))]
         spans = [Span(first, extends[i], prefixes[i]) for first, i in zip(firsts, rows, strict=True)]
-        self._lift(result, Lifted(layout, rows, spans, words, features, self._drafting.version), None)
+        self._lift(result, self._lifted(layout, rows, spans, verdict, features), None)
         return result
 
     def _around_verify(self, original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -282,24 +282,27 @@ class Capture:
         heat = _temperatures(batch.sampling_info)
         tokens = verify.draft_token.view(count, n)
         logprobs = proposed(verify, tokens)
-        words = pack(
-            layout,
-            best(
-                pick(logits[: count * n].view(count, n, -1)).flatten(0, 1),
-                None if heat is None else pick(heat).repeat_interleave(n, 0),
-                layout.candidates,
-            ),
-            pick(tokens),
-            pick(result.accept_lens),
-            pick(result.next_draft_input.bonus_tokens),
-            None if logprobs is None else pick(logprobs),
-            pick(result.accept_index) if tree else None,
-            (pick(verify.retrieve_next_token), pick(verify.retrieve_next_sibling)) if tree else None,
+        verdict = Verdict(
+            logits=pick(logits[: count * n].view(count, n, -1)).flatten(0, 1),
+            temperatures=None if heat is None else pick(heat).repeat_interleave(n, 0),
+            tokens=pick(tokens),
+            accepted=pick(result.accept_lens),
+            bonus=pick(result.next_draft_input.bonus_tokens),
+            logprobs=None if logprobs is None else pick(logprobs),
+            path=pick(result.accept_index) if tree else None,
+            links=(pick(verify.retrieve_next_token), pick(verify.retrieve_next_sibling)) if tree else None,
         )
         # The rows of the accepted path come first, SGLang has moved them there.
         features = pick(hidden[: count * n].view(count, n, -1)[:, :depth, : self._feature_width(worker)]).flatten(0, 1)
         spans = [Span(slot * depth, depth) for slot in range(len(rows))]
-        return Lifted(layout, rows, spans, words, features, self._drafting.version)
+        return self._lifted(layout, rows, spans, verdict, features)
+
+    def _lifted(
+        self, layout: Layout, rows: Sequence[int], spans: Sequence[Span], verdict: Verdict, features: Tensor
+    ) -> Lifted:
+        """Where the thread falls behind and logits pile up, they are looked at here."""
+        later = verdict.logits.device.type == "cpu" and not self._budget.crowded(verdict.size)
+        return Lifted(layout, rows, spans, verdict, features, self._drafting.version, later=later)
 
     def _lift(self, result: Any, lifted: Lifted | None, steps: int | None) -> None:
         if lifted is not None:
@@ -462,7 +465,7 @@ class Capture:
 
     def _hand_over(self, settled: _Settled) -> None:
         self._settled.append(settled)
-        if settled.ended or len(self._settled) >= _TOGETHER or self._budget.crowded:
+        if settled.ended or len(self._settled) >= _TOGETHER or self._budget.crowded():
             self._queue.put(self._settled)
             self._settled = []
 

@@ -109,7 +109,7 @@ class Proposals:
         drafted = batch_result.next_draft_input
         if outputs and drafted.draft_probs is None:
             # By now its rows are those that the proposals were chosen from.
-            drafted.topk_p = best_logprob(outputs[-1].next_token_logits).exp()
+            drafted.topk_p = outputs[-1].next_token_logits.float().softmax(-1).amax(-1, keepdim=True)
         return result
 
 
@@ -123,8 +123,7 @@ def proposed(verify_input: Any, tokens: Tensor) -> Tensor | None:
 
 def best_logprob(logits: Tensor) -> Tensor:
     """[B, V] -> [B, 1] log-probability of each row's likeliest token."""
-    logits = logits.float()
-    return logits.amax(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)
+    return logits.float().log_softmax(-1).amax(-1, keepdim=True)
 
 
 def _capturing() -> bool:

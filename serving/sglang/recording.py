@@ -72,7 +72,7 @@ class Layout:
     @property
     def width(self) -> int:
         """Words in all."""
-        return sum(words for _, words in self.fields)
+        return int(self.at("tail").stop)
 
 
 @lru_cache(maxsize=256)

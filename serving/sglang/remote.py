@@ -220,7 +220,7 @@ class SglangAdmin:
             raise SwapFailed("SGLang's weights are not those it had with this drafter before")
 
     def _checksum_of_sglang(self) -> str:
-        """ "" where SGLang does not give one: on a CPU before 0.5.22."""
+        """ "" where SGLang does not give one: on a CPU before 0.5.23."""
         try:
             answer = self._ask("/weights_checker", {"action": "checksum", "selector": "draft"}, self._swap_timeout)
         except SwapFailed as error:

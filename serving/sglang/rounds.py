@@ -3,12 +3,15 @@
 On an accelerator everything here is queued on the stream of the forward pass, behind it: log-probabilities of the K
 best and their tail are computed there, so that nothing of the vocabulary's size is copied, and two copies go into
 pinned memory, with an event behind them.  Nobody waits for it but the thread that makes traces.
+
+On a CPU nothing is queued: whoever computes the K best holds up the next batch.  There the logits are kept as they
+are, and that thread computes them, as long as there is room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,38 +67,60 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.values, top.indices // k * columns + chosen.gather(1, top.indices % k)
 
 
-def pack(
-    layout: Layout,
-    word: Best,
-    tokens: Tensor,
-    accepted: Tensor,
-    bonus: Tensor,
-    logprobs: Tensor | None,
-    path: Tensor | None = None,
-    links: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """int32 [B, width] as ``layout`` says, of B requests; ``word`` is on their B * n nodes, in order.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a pass decided about B requests of n nodes each."""
 
-    tokens: [B, n]; accepted, bonus: [B]; logprobs: [B, n - 1]; path: [B, depth], indices into all B * n nodes of
-    the batch; links: first child and next sibling, [B, n] each.
-    """
-    count, n = len(tokens), layout.nodes
-    fields: dict[str, Tensor] = {
-        "tokens": tokens,
-        "accepted": accepted[:, None],
-        "bonus": bonus[:, None],
-        "top_ids": word.ids.view(count, -1),
-        "logprobs": word.tail.new_zeros(count, 0) if logprobs is None else logprobs,
-        "top_logprobs": word.logprobs.view(count, -1),
-        "tail": word.tail.view(count, -1),
-    }
-    if path is not None and links is not None:
-        # Past the accepted path it says -1; those places are never read.
-        fields |= {"path": path % n, "child": links[0], "sibling": links[1]}
-    words = torch.cat([_words(fields[name]) for name, _ in layout.fields], 1)
-    if words.shape[1] != layout.width:
-        raise ValueError(f"a round's tensors make {words.shape[1]} words, expected the {layout.width} of {layout}")
-    return words
+    logits: Tensor  # [B * n, V] of the target
+    temperatures: Tensor | None  # [B * n, 1]; None for 1
+    tokens: Tensor  # [B, n]
+    accepted: Tensor  # [B]
+    bonus: Tensor  # [B]
+    logprobs: Tensor | None = None  # [B, n - 1] of the drafter
+    path: Tensor | None = None  # [B, depth] indices into all B * n nodes
+    links: tuple[Tensor, Tensor] | None = None  # first child and next sibling, [B, n] each
+
+    @property
+    def size(self) -> int:
+        """Bytes of the logits, beside which the rest is nothing."""
+        return self.logits.numel() * self.logits.element_size()
+
+    def kept(self) -> Verdict:
+        """For later: copies of what SGLang may go on with; logits and temperatures end with the pass."""
+
+        def copy(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.clone()
+
+        return replace(
+            self,
+            tokens=self.tokens.clone(),
+            accepted=self.accepted.clone(),
+            bonus=self.bonus.clone(),
+            logprobs=copy(self.logprobs),
+            path=copy(self.path),
+            links=self.links and (self.links[0].clone(), self.links[1].clone()),
+        )
+
+    def packed(self, layout: Layout) -> Tensor:
+        """int32 [B, width] as ``layout`` says."""
+        word = best(self.logits, self.temperatures, layout.candidates)
+        count, n = len(self.tokens), layout.nodes
+        fields: dict[str, Tensor] = {
+            "tokens": self.tokens,
+            "accepted": self.accepted[:, None],
+            "bonus": self.bonus[:, None],
+            "top_ids": word.ids.view(count, -1),
+            "logprobs": word.tail.new_zeros(count, 0) if self.logprobs is None else self.logprobs,
+            "top_logprobs": word.logprobs.view(count, -1),
+            "tail": word.tail.view(count, -1),
+        }
+        if self.path is not None and self.links is not None:
+            # Past the accepted path it says -1; those places are never read.
+            fields |= {"path": self.path % n, "child": self.links[0], "sibling": self.links[1]}
+        words = torch.cat([_words(fields[name]) for name, _ in layout.fields], 1)
+        if words.shape[1] != layout.width:
+            raise ValueError(f"a round's tensors make {words.shape[1]} words, expected the {layout.width} of {layout}")
+        return words
 
 
 def _words(values: Tensor) -> Tensor:
@@ -138,20 +163,34 @@ class Span:
 
 
 class Lifted:
-    """What a pass left of the requests that are recorded: slot j is that of row ``rows[j]`` of its batch."""
+    """What a pass left of the requests that are recorded: slot j is that of row ``rows[j]`` of its batch.
+
+    ``later``: leave the K best of a verdict in host memory to whoever asks for what ``arrived``.
+    """
 
     def __init__(
-        self, layout: Layout, rows: Sequence[int], spans: Sequence[Span], words: Tensor, features: Tensor, drafter: str
+        self,
+        layout: Layout,
+        rows: Sequence[int],
+        spans: Sequence[Span],
+        verdict: Verdict,
+        features: Tensor,
+        drafter: str,
+        *,
+        later: bool = False,
     ) -> None:
         self.layout = layout
         self.rows = rows
         self.spans = spans
         self.drafter = drafter
         #: Bytes on the host.
-        self.size = 4 * words.numel() + 2 * features.numel()
-        self._host = Host([words, features.bfloat16().view(torch.int16)])
+        self.size = (verdict.size if later else 4 * len(rows) * layout.width) + 2 * features.numel()
+        self._verdict = verdict.kept() if later else None
+        words = [] if later else [verdict.packed(layout)]
+        self._host = Host([features.bfloat16().view(torch.int16), *words])
 
     def arrived(self) -> tuple[Words, NDArray[np.uint16]]:
-        """Words [B, width] and the bits of the features [rows, 3H]; waits for them."""
-        words, features = self._host.arrived()
-        return words.numpy(), features.numpy().view(np.uint16)
+        """Words [B, width] and the bits of the features [rows, 3H]; waits for them, or computes them."""
+        features, *words = self._host.arrived()
+        packed = self._verdict.packed(self.layout) if self._verdict is not None else words[0]
+        return packed.numpy(), features.numpy().view(np.uint16)

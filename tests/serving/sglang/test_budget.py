@@ -15,7 +15,7 @@ def test_claims_end_with_their_release_or_their_owner() -> None:
     budget.claim(second, 40)
     budget.claim(first, 20)
     assert budget.held == 90
-    assert budget.crowded
+    assert budget.crowded()
     assert budget.fits(10)
     assert not budget.fits(11)
     budget.release(first)
@@ -26,4 +26,6 @@ def test_claims_end_with_their_release_or_their_owner() -> None:
     del first, second
     gc.collect()
     assert budget.held == 0
-    assert not budget.crowded
+    assert not budget.crowded()
+    assert not budget.crowded(50)
+    assert budget.crowded(51)

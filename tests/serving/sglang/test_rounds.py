@@ -9,7 +9,7 @@ import pytest
 import torch
 from livedraft.serving.sglang.proposals import Proposals, Tap, best_logprob, proposed
 from livedraft.serving.sglang.recording import Layout
-from livedraft.serving.sglang.rounds import best, largest, pack
+from livedraft.serving.sglang.rounds import Lifted, Span, Verdict, best, largest
 from livedraft.serving.sglang.surface import Feature, guarded
 
 
@@ -45,14 +45,14 @@ def test_the_largest_among_equals() -> None:
 def test_words_of_a_tree_come_back_as_they_went() -> None:
     count, n, depth, k = 3, 5, 4, 2
     layout = Layout(n, depth, k, tree=True)
-    word = best(torch.randn(count * n, 9), None, k)
+    logits, temperatures = torch.randn(count * n, 9), torch.rand(count * n, 1) + 0.5
+    word = best(logits, temperatures, k)
     tokens = torch.randint(0, 9, (count, n))
     path = torch.tensor([[0, 2, 4, -1], [5, -1, -1, -1], [10, 11, 13, 14]])
     links = torch.randint(-1, n, (2, count, n))
     logprobs = torch.randn(count, n - 1)
-    words = pack(
-        layout, word, tokens, torch.tensor([3, 1, 4]), torch.tensor([7, 8, 9]), logprobs, path, (links[0], links[1])
-    )
+    accepted, bonus = torch.tensor([3, 1, 4]), torch.tensor([7, 8, 9])
+    words = Verdict(logits, temperatures, tokens, accepted, bonus, logprobs, path, (links[0], links[1])).packed(layout)
     assert words.shape == (count, layout.width)
     back = {name: words[:, layout.at(name)] for name, _ in layout.fields}
     assert torch.equal(back["tokens"], tokens.int())
@@ -64,6 +64,22 @@ def test_words_of_a_tree_come_back_as_they_went() -> None:
     assert torch.equal(back["logprobs"].contiguous().view(torch.float32), logprobs)
     assert torch.equal(back["tail"].contiguous().view(torch.float32).flatten(), word.tail)
     assert torch.equal(back["top_ids"].reshape(-1, k), word.ids.int())
+
+
+def test_what_is_computed_later_is_what_would_be_computed_now() -> None:
+    count, n, k = 2, 4, 8
+    layout = Layout(n, n, k)
+    tokens, accepted = torch.randint(0, 50, (count, n)), torch.tensor([2, 4])
+    verdict = Verdict(
+        torch.randn(count * n, 50), None, tokens, accepted, torch.tensor([1, 2]), torch.randn(count, n - 1)
+    )
+    features, spans = torch.randn(count * n, 6), [Span(0, n), Span(n, n)]
+    now, later = (Lifted(layout, range(count), spans, verdict, features, "1", later=late) for late in (False, True))
+    (words, bits), (expected, bits_now) = later.arrived(), now.arrived()
+    assert words.tolist() == expected.tolist()
+    assert bits.tolist() == bits_now.tolist()
+    assert now.size == 4 * count * layout.width + 2 * features.numel()
+    assert later.size == verdict.logits.nbytes + 2 * features.numel()
 
 
 class Drafter:
