@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from livedraft.cli.ports import free_port
 from livedraft.contracts.errors import SwapFailed
@@ -76,8 +77,6 @@ def capturing(
 ) -> Iterator[tuple[Server, Relay]]:
     """A server with the plugin, whose traces arrive at the relay."""
     with contextlib.closing(Relay()) as relay:
-        where = {"LIVEDRAFT_TRACES__URL": relay.url}
-        with serving(
-            folder, speculation, arguments=arguments, environment=where | environment, plugins=["livedraft"]
-        ) as server:
-            yield server, relay
+        ours: dict[str, Any] = {"LIVEDRAFT_TRACES__URL": relay.url, **environment}
+        with engine(folder, speculation, arguments=arguments, **ours) as one:
+            yield one.server, relay

@@ -11,22 +11,20 @@ import queue
 import socket
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
-from livedraft.contracts.messages import Delta, EngineStatus, Generation, Sampling, Trace
-from livedraft.contracts.settings import Engine
+from livedraft.contracts.messages import Delta, Generation, Sampling, Trace
+from livedraft.contracts.settings import Engine as EngineSettings
 from livedraft.serving.local.engine import LocalEngine
 from livedraft.traces.arrays import to_float32, to_numpy
 
-from .plugged import capturing
+from .plugged import Engine, capturing, engine
 from .relay import Relay
 from .server import Server, Speculation
 from .told import assert_same_features, assert_same_rounds, assert_same_target, rounds_of
@@ -46,7 +44,7 @@ class Specification:
         self._ended: queue.Queue[str] = queue.Queue()
         threads = torch.get_num_threads()
         self._engine = LocalEngine(
-            Engine(**{"draft_depth": STEPS, "adaptive_depth": False} | settings), drafter=drafter, sink=self
+            EngineSettings(**{"draft_depth": STEPS, "adaptive_depth": False} | settings), drafter=drafter, sink=self
         )
         torch.set_num_threads(threads)
         self._number = 0
@@ -318,11 +316,13 @@ def test_too_little_room_gives_up_the_youngest_and_tells_the_others_whole(
 ) -> None:
     """Trees of no more than two levels, so that every node is exact."""
     speculation = Speculation(trained_drafter, steps=EXACT, topk=4)
-    room = {"LIVEDRAFT_TRACES__BUFFER_BYTES": str(ROOM)}
+    room: dict[str, Any] = {"LIVEDRAFT_TRACES__BUFFER_BYTES": str(ROOM)}
     with (
-        capturing(tmp_path, speculation, **room) as (server, relay),
+        contextlib.closing(Relay()) as relay,
+        engine(tmp_path, speculation, LIVEDRAFT_TRACES__URL=relay.url, **room) as one,
         specified(trained_drafter, draft_depth=EXACT, tree_topk=4, tree_nodes=7) as specification,
     ):
+        server = one.server
         one_by_one = [ask_together(server, relay, [prompt], f"alone-{n}")[0] for n, prompt in enumerate(prompts)]
         assert_same_trees(one_by_one, specification, prompts, steps=EXACT)
         bodies = [
@@ -336,21 +336,18 @@ def test_too_little_room_gives_up_the_youngest_and_tells_the_others_whole(
         for told, n in zip(relay.take([f"room-{n}" for n in kept]), kept, strict=True):
             assert_same_rounds(told, specification.traces([prompts[n]])[0], steps=EXACT)
         dropped = len(prompts) - len(kept)
-        assert_counted(server, dropped=dropped)
+        assert_counted(one, dropped=dropped)
         relay.close()
         for _ in range(12):
             server.generate(prompts[0], max_new_tokens=TOKENS)
-        assert_counted(server, dropped=dropped + 1)
+        assert_counted(one, dropped=dropped + 1)
 
 
-def assert_counted(server: Server, *, dropped: int) -> None:
+def assert_counted(one: Engine, *, dropped: int) -> None:
     """The plugin's status tells of at least as many traces that were not sent; a sink counts a moment later."""
-    address = urllib.parse.urlparse(server.url)
-    assert address.port is not None
     deadline = time.monotonic() + 20
     while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{address.port + 1}/admin/status", timeout=10) as answer:
-            status = msgspec.json.decode(answer.read(), type=EngineStatus)
+        status = one.admin.status()
         assert status.capture
         assert status.traces_offered >= status.traces_dropped
         if status.traces_dropped >= dropped:
