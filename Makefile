@@ -9,8 +9,11 @@ TORCH_INDEX ?=
 EXTRAS ?= dev
 
 # SGLang pins another torch than ours, so its environment is apart.  What pip fetches for it (1.5 GB) outlives the
-# checkout, in a folder named after all that it depends on.
-SGLANG_VENV  ?= .venv-sglang
+# checkout, in a folder named after all that it depends on.  Another release of SGLang goes before it, so that
+#   make test-sglang SGLANG_VERSION=0.5.21
+# tells whether the plugin works in that one.
+SGLANG_VERSION ?=
+SGLANG_VENV  ?= .venv-sglang$(addprefix -,$(SGLANG_VERSION))
 SGLANG_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/livedraft
 SGLANG_KEY   := $(shell { $(PYTHON) -VV; echo "$(TORCH_INDEX)"; cat tests/sglang/requirements.txt; } | sha256sum | cut -c-16)
 SGLANG_PACKAGES := $(SGLANG_CACHE)/sglang-$(SGLANG_KEY)
@@ -40,7 +43,7 @@ $(SGLANG_VENV)/.ready-$(SGLANG_KEY): pyproject.toml
 	  $(SGLANG_VENV)/bin/pip install --quiet --target $$new --upgrade --no-deps --requirement tests/sglang/requirements.txt && \
 	  { mv -T $$new $(SGLANG_PACKAGES) || test -d $(SGLANG_PACKAGES); } )
 	echo $(SGLANG_PACKAGES) > $$($(SGLANG_VENV)/bin/python -c "import site; print(*site.getsitepackages())")/sglang.pth
-	$(SGLANG_VENV)/bin/pip install --quiet --no-deps --editable .
+	$(SGLANG_VENV)/bin/pip install --quiet --no-deps --editable . $(addprefix sglang==,$(SGLANG_VERSION))
 	touch $@
 
 demo: setup  ## watch a drafter learn from live traffic (about 10 minutes)
@@ -54,7 +57,7 @@ test-kernels: setup  ## run the GPU kernels' tests, on a CPU by Triton's interpr
 	$(BIN)/python -m pytest tests/kernels_triton
 
 # The loop around SGLang runs in the project's own environment.
-test-sglang: setup setup-sglang  ## run the tests against SGLang
+test-sglang: setup setup-sglang  ## run the tests against SGLang, or another one: SGLANG_VERSION=0.5.21
 	LIVEDRAFT_PYTHON=$(abspath $(BIN))/python PYTHONPATH=$(CURDIR)/tests/sglang/shim$${PYTHONPATH:+:$$PYTHONPATH} $(SGLANG_VENV)/bin/python -m pytest --timeout=600 tests/sglang
 
 bench-sglang: setup setup-sglang  ## measure capture, swaps and learning on SGLang into runs/bench/sglang.json (20 minutes)
@@ -71,4 +74,4 @@ lint: setup  ## ruff and mypy --strict
 	MYPYPATH=.typing $(BIN)/mypy --strict $(addprefix -p livedraft.,contracts kernels serving.gateway serving.local serving.sglang swap traces trainer cli benchmarks) && $(BIN)/mypy --strict tests
 
 clean:  ## remove the environments and everything a run wrote
-	rm -rf $(VENV) $(SGLANG_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(wildcard .venv-sglang-*) runs build dist *.egg-info
