@@ -1,10 +1,11 @@
 """What livedraft costs and gives a real SGLang, as one JSON file (`make bench-sglang`, on this CPU).
 
-    python -m tests.sglang.bench [--out runs/bench/sglang.json] [--minutes 5] [--swaps 50] [--repeats 20]
+    python -m tests.sglang.bench [--out runs/bench/sglang.json] [--minutes 5] [--swaps 50] [--repeats 60]
     python -m tests.sglang.bench --device cuda [--target Qwen/Qwen3-8B --drafter FOLDER]
 
-Three parts, each on servers of its own: the overhead of capture (see ``overhead``), swaps under load, and the whole
-loop over traffic of one domain.  Greedy answers are held against a server that neither speculates nor has the plugin.
+Three parts, each on servers of its own: the overhead of capture (see ``overhead``), swaps under load (see
+``exchange``), and the whole loop over traffic of one domain.  Greedy answers are held against a server that neither
+speculates nor has the plugin.
 
 On a GPU (`make bench-sglang-gpu`) it runs in an environment that has SGLang, its kernels and the plugin, and takes
 SGLang as it comes, with captured graphs; the loop is left out.  **That has not been run yet**: it was written where
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import threading
@@ -38,9 +40,9 @@ from rich.progress import track
 
 from tests.traffic import traffic
 
-from . import overhead
+from . import overhead, pace, pairs
 from .plugged import engine
-from .server import START_S, TARGET, Device, Server, Speculation, serving
+from .server import SHIM, START_S, TARGET, Device, Server, Speculation, serving
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -48,8 +50,10 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 
 PARTS = ("capture", "swap", "loop")
-#: Requests kept running while drafters are exchanged, tokens of each, and seconds between two exchanges.
-_AT_ONCE, _TOKENS, _PAUSE_S = 8, 64, 0.25
+#: Requests kept running while drafters are exchanged, tokens of each there, and of answers elsewhere.
+_AT_ONCE, _LONG, _TOKENS = 8, 128, 64
+#: Seconds between two exchanges, at least, and what of them is left to the one before to die away.
+_PAUSE_S, _AFTER_S = 0.5, 0.1
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -63,11 +67,12 @@ def main(words: Sequence[str] | None = None) -> None:
         first, other = drafters_in(folder, asked.drafter, prompts)
         console.print("asking a server without speculation")
         with serving(folder, target=target, device=asked.device) as plain:
-            expected = _answers(plain, [*prompts, *unseen], _TOKENS)
+            expected = _answers(plain, unseen, _TOKENS)
+            long = _answers(plain, prompts, _LONG)
         on: dict[str, Any] = {"target": target, "device": asked.device}
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "capture": lambda: overhead.measure(other, repeats=asked.repeats, console=console, **on),
-            "swap": lambda: exchange(folder, [other, first], prompts, expected, asked.swaps, **on),
+            "swap": lambda: exchange(folder, [other, first], long, asked.swaps, **on),
             "loop": lambda: learn(folder, first, unseen, seen, expected, asked.minutes),
         }
         report = {name: parts[name]() for name in asked.parts}
@@ -98,7 +103,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", type=_parts, help="by commas; default: capture,swap,loop, without loop on a GPU")
     parser.add_argument("--minutes", type=float, default=5.0, help="of traffic for the loop; default: %(default)s")
     parser.add_argument("--swaps", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=20, help="of the comparison of capture; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=60, help="of the comparison of capture; default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--target", default="bundled", help="folder or Hugging Face id; default: %(default)s")
     parser.add_argument("--drafter", type=Path, help="its EAGLE-3 drafter; default: one is trained, for bundled alone")
@@ -148,24 +153,29 @@ def drafters_in(folder: Path, given: Path | None, prompts: Sequence[str]) -> tup
 def exchange(
     folder: Path,
     drafters: Sequence[Path],
-    prompts: Sequence[str],
     expected: dict[str, list[int]],
     swaps: int,
     *,
     target: Path = TARGET,
     device: Device = "cpu",
 ) -> dict[str, Any]:
-    """Exchange drafters while eight requests run; how long tokens waited around an exchange, and otherwise."""
+    """Exchange drafters while eight requests run.
+
+    What is added to a step of the scheduler (see ``pace``) is counted from asking for an exchange, staging included,
+    to its receipt, and as a yardstick over as many steps just before, when nothing is exchanged.
+    """
     failures, answers, ended = list[str](), list[tuple[str, list[int], list[float]]](), threading.Event()
-    with engine(folder, Speculation(drafters[-1]), target=target, device=device) as one:
+    paths = [*([str(SHIM)] if device == "cpu" else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+    pacing = pace.installed(folder / "pace", paths)
+    with engine(folder, Speculation(drafters[-1]), target=target, device=device, **pacing) as one:
         one.started(START_S[device])
 
         def ask(offset: int) -> None:
-            for prompt in itertools.islice(itertools.cycle(prompts), offset, None):
+            for prompt in itertools.islice(itertools.cycle(expected), offset, None):
                 if ended.is_set():
                     return
                 try:
-                    answers.append((prompt, *one.server.stream(prompt, max_new_tokens=_TOKENS)))
+                    answers.append((prompt, *one.server.stream(prompt, max_new_tokens=_LONG)))
                 except Exception as error:
                     failures.append(repr(error))
 
@@ -179,32 +189,59 @@ def exchange(
             receipt = one.admin.swap(_request(drafters[number % 2], f"{number}"))
             moments.append((since, time.perf_counter()))
             stalls.append(receipt.stall_s)
-            time.sleep(_PAUSE_S)
+            time.sleep(max(_PAUSE_S, 2 * (moments[-1][1] - since)))
         ended.set()
         for asker in askers:
             asker.join()
-    gaps = [pair for _, _, times in answers for pair in itertools.pairwise(times)]
-    around = [b - a for a, b in gaps if any(a <= end and since <= b for since, end in moments)]
-    others = [b - a for a, b in gaps if not any(a <= end and since <= b for since, end in moments)]
-    normal = statistics.median(others)
-
-    def added(waits: Sequence[float]) -> float:
-        return round((max(waits) - normal) * 1e3, 2)
-
+    steps = pace.steps(folder / "pace")
     return {
         "applied": len(moments),
         "failed_requests": len(failures),
         "requests": len(answers) + len(failures),
-        # From asking for the exchange, staging included, to its receipt.
-        "max_added_delay_ms": added(around),
-        "median_step_ms": round(normal * 1e3, 2),
-        "p99_added_delay_ms": round((statistics.quantiles(around, n=100)[98] - normal) * 1e3, 2),
-        # The yardstick: how long tokens wait on this machine while nothing is exchanged.
-        "max_added_delay_without_swap_ms": added(others),
-        "p99_added_delay_without_swap_ms": round((statistics.quantiles(others, n=100)[98] - normal) * 1e3, 2),
-        "stall_ms": {"median": round(statistics.median(stalls) * 1e3, 3), "max": round(max(stalls) * 1e3, 3)},
+        **delays(steps, moments),
+        # On the scheduler's thread: copying the weights in, which the next batch waits for.
+        "stall_ms": {"median": _ms(statistics.median(stalls), 3), "max": _ms(max(stalls), 3)},
+        "waits_at_clients_ms": _waits([times for *_, times in answers], moments),
         "identical_outputs": _identical([(prompt, ids) for prompt, ids, _ in answers], expected),
     }
+
+
+def delays(steps: Sequence[pace.Step], moments: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """What was added to the worst step of each exchange; ``moments`` are their beginnings and ends."""
+    added = pace.added(steps)
+    swapping, calm = list[float](), list[float]()
+    over = 0.0
+    for since, until in moments:
+        touched = [n for n, (step, _) in enumerate(added) if step.start <= until and since <= step.end]
+        before = added[max(0, touched[0] - len(touched)) : touched[0]] if touched else []
+        if before and len(before) == len(touched) and before[0][0].start >= over:
+            swapping.append(max(added[n][1] for n in touched))
+            calm.append(max(more for _, more in before))
+        over = until + _AFTER_S
+    return {
+        "max_added_delay_ms": _ms(max(swapping)),
+        "max_added_delay_without_swap_ms": _ms(max(calm)),
+        # Of the worst step of an exchange over the worst of as many before it.
+        "added_by_swap_ms": pairs.told([1e3 * (a - b) for a, b in zip(swapping, calm, strict=True)], 2),
+        "step_ms": _ms(statistics.median(step.end - step.start for step, _ in added)),
+        "swap_ms": _ms(statistics.median(until - since for since, until in moments)),
+    }
+
+
+def _waits(arrivals: Sequence[Sequence[float]], moments: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How long clients waited for tokens, prefills of others and the way to the client included."""
+    gaps = [pair for times in arrivals for pair in itertools.pairwise(times)]
+    touched = [any(a <= end and since <= b for since, end in moments) for a, b in gaps]
+    kinds = {"swapping": True, "otherwise": False}
+    waits = {kind: [b - a for (a, b), t in zip(gaps, touched, strict=True) if t is of] for kind, of in kinds.items()}
+    return {
+        kind: {"median": _ms(statistics.median(w)), "p99": _ms(statistics.quantiles(w, n=100)[98]), "max": _ms(max(w))}
+        for kind, w in waits.items()
+    }
+
+
+def _ms(seconds: float, digits: int = 2) -> float:
+    return round(seconds * 1e3, digits)
 
 
 def learn(
