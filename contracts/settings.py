@@ -246,8 +246,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     #: Share of the past that each step leaves in the running mean of the weights, which is what is published.
     average: float = 0.98
     #: Traces in a step, of all ranks together: at most ``fresh_share`` of them new while others are left to fill it,
-    #: ``rehearse_share`` from long memory, a third of it just after a drift.  With three eighths next to nothing is
-    #: forgotten, where one eighth forgot a tenth; it is of passes over the new traffic that a share is taken.
+    #: ``rehearse_share`` from long memory.  Three eighths of it forget next to nothing after a shift, where one eighth
+    #: forgot a tenth, and the new traffic is learned as fast: it is of passes over it that a share is taken.
     batch_traces: int = 16
     fresh_share: float = 0.5
     rehearse_share: float = 0.375

@@ -37,8 +37,6 @@ from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 
-#: By how much rehearsals are fewer just after a drift: what is new is what is lacking, the past comes back after that.
-_FEWER_AT_FIRST = 3
 #: Trace ids remembered for deduplication: at-least-once delivery repeats what is recent.
 _DEDUPE = 1 << 16
 
@@ -160,13 +158,7 @@ class Learner:
         lockstep = bool(self._settings.steps_per_trace)
         resting = self.pace.mode == "resting" and not lockstep
         paid = not lockstep or self._owed >= 1
-        return paid and self._replay.can_sample(
-            self._settings.batch_traces, new=resting, rehearse_share=self._rehearse_share
-        )
-
-    @property
-    def _rehearse_share(self) -> float:
-        return self._settings.rehearse_share / (_FEWER_AT_FIRST if self.pace.has_just_drifted else 1)
+        return paid and self._replay.can_sample(self._settings.batch_traces, new=resting)
 
     @property
     def depth(self) -> int:
@@ -202,9 +194,7 @@ class Learner:
         """One optimiser step on a batch from replay.  Call only while ``can_learn``."""
         settings, ranks = self._settings, self.ranks
         fresh_share = None if self.pace.mode == "steady" else 1.0
-        kept = self._replay.sample(
-            settings.batch_traces, self._random, fresh_share=fresh_share, rehearse_share=self._rehearse_share
-        )
+        kept = self._replay.sample(settings.batch_traces, self._random, fresh_share=fresh_share)
         parts = [self._part(one) for one in kept]  # of all, so that every rank draws alike
         held = {n: one for n, one in enumerate(kept) if isinstance(one, Trace)}
         traces = zip(held, self._whole([*held.values()]), strict=True)

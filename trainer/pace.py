@@ -3,8 +3,7 @@
 Each new trace is drafted for before the drafter has learned from it (Dawid 1984: prequential), and each step says how
 well its batch was drafted for.  From these two:
 
-    recovering  acceptance of new traces has fallen for good (Page-Hinkley): learn from what came since, first of all,
-                and in the first block of steps rehearse less of the past
+    recovering  acceptance of new traces has fallen for good (Page-Hinkley): learn from what came since, first of all
     steady      it grows: learn as fast as time allows
     resting     for long it has not: learn from each new trace once, and leave the processor to others
 
@@ -54,11 +53,6 @@ class Pace(Record, frozen=True, kw_only=True):
     #: Times that acceptance has fallen for good, and steps since it last did, or since the beginning.
     drifts: int = 0
     since: int = 0
-
-    @property
-    def has_just_drifted(self) -> bool:
-        """Whether acceptance has fallen for good within the last block of steps."""
-        return self.drifts > 0 and self.since < _BLOCK
 
     def heard(self, scores: Iterable[tuple[str, float]]) -> Pace:
         """After (domain, accept length) of new traces, drafted for before they were learned from."""

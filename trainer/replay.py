@@ -92,22 +92,19 @@ class Replay:
         for kept in past:
             self._remember(kept.trace, rng)
 
-    def can_sample(self, size: int, *, new: bool = False, rehearse_share: float | None = None) -> bool:
+    def can_sample(self, size: int, *, new: bool = False) -> bool:
         """Whether a batch of ``size`` can be drawn; ``new``: of traces never drawn before, but for rehearsals."""
         usable = [kept for kept in self._usable() if not (new and kept.uses)]
-        return len(usable) >= size - self._rehearsals(size, rehearse_share)
+        return len(usable) >= size - self._rehearsals(size)
 
-    def sample(
-        self, size: int, rng: random.Random, *, fresh_share: float | None = None, rehearse_share: float | None = None
-    ) -> list[Kept]:
-        """A batch of ``size`` traces, no recent one twice.  Call only while ``can_sample(size)``, of the same share.
+    def sample(self, size: int, rng: random.Random, *, fresh_share: float | None = None) -> list[Kept]:
+        """A batch of ``size`` traces, no recent one twice.  Call only while ``can_sample(size)``.
 
-        ``rehearse_share`` of it comes from memory.  At most ``fresh_share`` of it (both the constructor's by default)
-        is new while used ones are left to fill the rest, any of them alike: to draw the least used first would be to
-        learn the latest few over and over.
+        At most ``fresh_share`` of it (the constructor's by default) is new while used ones are left to fill the rest,
+        any of them alike: to draw the least used first would be to learn the latest few over and over.
         """
         share = self._fresh_share if fresh_share is None else fresh_share
-        rehearsed = self._rehearse(self._rehearsals(size, rehearse_share), rng)
+        rehearsed = self._rehearse(self._rehearsals(size), rng)
         usable = self._usable()
         new = [kept for kept in usable if kept.uses == 0]
         used = [kept for kept in usable if kept.uses]
@@ -139,9 +136,8 @@ class Replay:
     def _usable(self) -> list[_Recent]:
         return [kept for kept in self._recent if kept.uses < self._max_uses]
 
-    def _rehearsals(self, size: int, share: float | None) -> int:
-        share = self._rehearse_share if share is None else share
-        return min(int(size * share), sum(map(len, self._memory.values())))
+    def _rehearsals(self, size: int) -> int:
+        return min(int(size * self._rehearse_share), sum(map(len, self._memory.values())))
 
     def _rehearse(self, count: int, rng: random.Random) -> list[Kept]:
         domains = [domain for domain, traces in self._memory.items() if traces]

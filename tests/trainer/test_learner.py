@@ -108,22 +108,6 @@ def test_a_drift_turns_replay_over(drafter: Drafter, random_trace: TraceMaker) -
     assert len(plain.replay.memory["old"]) == 8 - len(used)  # six steps of one new trace, after one of two
 
 
-def test_in_the_first_block_after_a_drift_less_is_rehearsed(drafter: Drafter, random_trace: TraceMaker) -> None:
-    found = learner(drafter, batch_traces=8, rehearse_share=0.375, replay_traces=40, max_uses=99)
-    deliver(found, *(random_trace(n) for n in range(40)))
-
-    def rehearsed() -> int:
-        before = sum(uses for _, uses in found.state()[0].replay.recent)
-        found.step()
-        return 8 - (sum(uses for _, uses in found.state()[0].replay.recent) - before)
-
-    assert rehearsed() == 3
-    found.pace = replace(found.pace, drifts=1, since=0)
-    assert [rehearsed(), rehearsed()] == [1, 1]
-    found.pace = replace(found.pace, since=100)
-    assert rehearsed() == 3
-
-
 def test_in_lockstep_steps_follow_records(drafter: Drafter, random_trace: TraceMaker) -> None:
     found = learner(drafter, steps_per_trace=0.5)
     steps = []
