@@ -6,8 +6,9 @@ Untraced and traced are the same server, asked one right after the other and in 
 that what drifts falls on both; overheads are medians over such pairs, each with the interval that holds the true one
 at 95 %.  Plain is a second server without the plugin, idle while the other one is asked, and asked less often.
 
-Time on the clock holds all that two cores do besides.  So the processor time of the scheduler is told, too: that of
-its main thread, which is what every batch waits for, and that of all its threads, with the one that makes traces.
+Time on the clock holds all that two cores do besides.  So the same is told without what the scheduler's main thread,
+which every batch waits for, waited for a processor; its waits for the interpreter stay in.  And the processor time of
+that thread, and of all threads of the scheduler, with the one that makes traces.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Cost:
     """Seconds per token."""
 
     clock: float
+    #: On the clock, without the main thread's waits for a processor.
+    unimpeded: float
     #: Processor time of the scheduler's main thread, and of all its threads.
     thread: float
     process: float
@@ -122,6 +125,7 @@ def measure(
             kind: round(1 / statistics.median(cost.clock for cost in told.values()), 1) for kind, told in costs.items()
         },
         "overhead_of_capture": overhead(untraced, traced, "clock", lost=True),
+        "overhead_unimpeded": overhead(untraced, traced, "unimpeded", lost=True),
         "overhead_in_all": overhead(costs["plain"], traced, "clock", lost=True),
         "processor_time_of_capture": {
             "main_thread": overhead(untraced, traced, "thread"),
@@ -136,7 +140,7 @@ def measure(
 def overhead(
     without: Mapping[int, Cost],
     with_: Mapping[int, Cost],
-    of: Literal["clock", "thread", "process"],
+    of: Literal["clock", "unimpeded", "thread", "process"],
     *,
     lost: bool = False,
 ) -> dict[str, Any]:
@@ -150,11 +154,12 @@ def _cost(server: Server, drain: Drain, *, traced: bool) -> Cost:
     params = {"temperature": 0.0, "max_new_tokens": _TOKENS, "ignore_eos": True, "custom_params": told}
     prompts = held_out_prompts()[:8] * (_REQUESTS // 8)
     scheduler, taken = _scheduler(server), drain.taken
-    main, others = _spent(scheduler)
+    main, others, waited = _spent(scheduler)
     started = time.perf_counter()
     answer = server.post("/generate", {"text": prompts, "sampling_params": [params] * len(prompts)})
     took = time.perf_counter() - started
-    main = _spent(scheduler)[0] - main
+    spent = _spent(scheduler)
+    main, waited = spent[0] - main, spent[2] - waited
     deadline = time.monotonic() + _ARRIVE_S
     while traced and drain.taken < taken + len(prompts):
         if time.monotonic() > deadline:
@@ -162,7 +167,7 @@ def _cost(server: Server, drain: Drain, *, traced: bool) -> Cost:
         time.sleep(0.01)
     others = _spent(scheduler)[1] - others
     tokens = sum(len(one["output_ids"]) for one in answer)
-    return Cost(took / tokens, main / tokens, (main + others) / tokens)
+    return Cost(took / tokens, (took - waited) / tokens, main / tokens, (main + others) / tokens)
 
 
 def _scheduler(server: Server) -> int:
@@ -173,11 +178,14 @@ def _scheduler(server: Server) -> int:
     return next(child for child, name in named.items() if name.startswith("sglang::sched"))
 
 
-def _spent(process: int) -> tuple[float, float]:
-    """Seconds on a processor of the main thread, and of the others that are there."""
+def _spent(process: int) -> tuple[float, float, float]:
+    """Seconds on a processor of the main thread, of the others that are there, and the first's waits for one."""
     tasks = Path(f"/proc/{process}/task")
-    spent = {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks.iterdir()}
-    return spent.pop(process), sum(spent.values())
+    told = {
+        int(task.name): [int(t) / 1e9 for t in (task / "schedstat").read_text().split()] for task in tasks.iterdir()
+    }
+    on, waited, _ = told.pop(process)
+    return on, sum(other[0] for other in told.values()), waited
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 What a client waits for a token holds HTTP, the detokenizer and the client's own threads, and now and then the prefill
 of another request: on two cores tens of milliseconds, with or without a swap.  The scheduler's own steps hold none
-of these; what a swap does to a running request, it does there.
+of these; what a swap does to a running request, it does there.  Nor is counted how long the scheduler, ready to go
+on, waited for a processor (Linux tells): that is the machine's other work.  A wait for the interpreter that a thread
+of ours has is counted.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import Any
 
 _FILE = "PACE_FILE"
 _RESULT = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
-#: When its results were out (``time.perf_counter_ns``, one clock for all processes), its requests, 1 where it decoded.
-_LINE = struct.Struct("<3q")
+#: When its results were out (``time.perf_counter_ns``, one clock for all processes), nanoseconds waited for a processor
+#: until then, its requests, 1 where it decoded.
+_LINE = struct.Struct("<4q")
 #: Steps of a shape below which nobody knows what is normal for it.
 _ENOUGH = 20
 
@@ -34,6 +37,13 @@ class Step:
     end: float
     requests: int
     decodes: bool
+    #: Seconds of it without a processor.
+    waited: float = 0.0
+
+    @property
+    def took(self) -> float:
+        """Seconds, less those."""
+        return self.end - self.start - self.waited
 
 
 def register() -> None:
@@ -44,11 +54,14 @@ def register() -> None:
         return
     # Unbuffered: the server ends by SIGKILL.
     file = open(os.environ[_FILE], "ab", buffering=0)  # noqa: SIM115
+    # Of this thread, which will be the scheduler's: seconds on a processor, seconds waited for one.
+    schedule = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
 
     def around(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         requests, decodes = len(batch.reqs), batch.forward_mode.is_decode()
         returned = original(scheduler, batch, *args, **kwargs)
-        file.write(_LINE.pack(time.perf_counter_ns(), requests, decodes))
+        waited = int(os.pread(schedule, 100, 0).split()[1])
+        file.write(_LINE.pack(time.perf_counter_ns(), waited, requests, decodes))
         return returned
 
     HookRegistry.register(_RESULT, around, HookType.AROUND)
@@ -71,8 +84,8 @@ def steps(folder: Path) -> list[Step]:
     """All since the server's start, in order."""
     lines = [*_LINE.iter_unpack((folder / "pace").read_bytes())]
     return [
-        Step(before[0] / 1e9, at / 1e9, requests, bool(decodes))
-        for before, (at, requests, decodes) in itertools.pairwise(lines)
+        Step(before[0] / 1e9, at / 1e9, requests, bool(decodes), (waited - before[1]) / 1e9)
+        for before, (at, waited, requests, decodes) in itertools.pairwise(lines)
     ]
 
 
@@ -81,6 +94,6 @@ def added(steps: Sequence[Step]) -> list[tuple[Step, float]]:
     shapes = defaultdict[int, list[float]](list)
     for step in steps:
         if step.decodes:
-            shapes[step.requests].append(step.end - step.start)
+            shapes[step.requests].append(step.took)
     normal = {requests: statistics.median(took) for requests, took in shapes.items() if len(took) >= _ENOUGH}
-    return [(s, s.end - s.start - normal[s.requests]) for s in steps if s.decodes and s.requests in normal]
+    return [(s, s.took - normal[s.requests]) for s in steps if s.decodes and s.requests in normal]

@@ -62,21 +62,25 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test() -> None:
 
 
 def test_overhead_is_that_within_pairs_whatever_drifts() -> None:
-    untraced = {n: Cost(clock=0.01 * (n + 1), thread=0.01, process=0.02) for n in range(9)}
-    traced = {n: Cost(c.clock / 0.96, c.thread * 1.02, c.process * 1.05) for n, c in untraced.items()}
+    untraced = {n: Cost(clock=0.01 * (n + 1), unimpeded=0.01, thread=0.01, process=0.02) for n in range(9)}
+    traced = {
+        n: Cost(c.clock / 0.96, c.unimpeded / 0.98, c.thread * 1.02, c.process * 1.05) for n, c in untraced.items()
+    }
     assert overhead(untraced, traced, "clock", lost=True)["median"] == pytest.approx(0.04)
+    assert overhead(untraced, traced, "unimpeded", lost=True)["median"] == pytest.approx(0.02)
     assert overhead(untraced, traced, "thread")["median"] == pytest.approx(0.02)
     assert overhead({3: untraced[3]}, traced, "process") == {"median": 0.05, "interval_95": [0.05, 0.05], "pairs": 1}
 
 
 def paced(lasts: dict[int, float], *, steps: int = 200) -> list[Step]:
-    """Steps of 10 ms but for those in ``lasts``; each tenth is a prefill, of 30 ms."""
+    """Steps of 10 ms but for those in ``lasts``; each tenth is a prefill, of 30 ms; all wait for a processor, too."""
     made, at = list[Step](), 0.0
     for number in range(steps):
         prefills = number % 10 == 9
         took = lasts.get(number, 0.03 if prefills else 0.01)
-        made.append(Step(at, at + took, 8, not prefills))
-        at += took
+        waited = number % 7 / 100
+        made.append(Step(at, at + took + waited, 8, not prefills, waited))
+        at += took + waited
     return made
 
 
