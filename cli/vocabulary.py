@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -41,6 +42,8 @@ class _Counted(NamedTuple):
     counts: np.ndarray
     traces: int
     offsets: Offsets
+    #: The newest of the traces, to learn from.
+    newest: Sequence[Trace]
 
 
 def refresh(
@@ -49,6 +52,9 @@ def refresh(
     records: Annotated[
         int, typer.Option("--records", min=1, metavar="N", help="Count the newest so many records of each partition.")
     ] = 20_000,
+    steps: Annotated[
+        int, typer.Option("--steps", min=0, metavar="N", help="Learn the new tokens for so many steps; 0: not at all.")
+    ] = 100,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", show_default=False, help="Default: below trainer.folder, by lineage."),
@@ -60,7 +66,8 @@ def refresh(
     Where traffic has moved to other words than those of `drafts init --text`, the drafter loses every round at them:
     livedraft_trainer_excluded_share tells how often. This makes a candidate with as many tokens as before, the most
     frequent ones of now. Tokens that stay keep their rows of the head, new ones take the target's; the rest of the
-    weights is the old drafter's. It begins a lineage: what is trained from it has its tokens.
+    weights is the old drafter's, and then learns from the newest of those traces for --steps steps. It begins a
+    lineage: what is trained from it has its tokens.
 
     The gate judges it like any other candidate, and the embedded engine takes it between two steps; the trainer then
     goes on from it. SGLang keeps the tokens that it started with: it must be started again, from the folder written
@@ -98,8 +105,11 @@ def refresh(
         if dry_run or not new:
             output().print("nothing written" if new else "they are the most frequent ones already; nothing written")
             return
-        bar.add_task("writing the drafter", total=None)
         refreshed = with_vocabulary(parent.tensors, kept, read_target(target).head.numpy())
+        if steps:
+            refreshed, learned = _learn(settings, parent, refreshed, counted.newest, target, steps, bar)
+            parent = parent._replace(manifest=learned)
+        bar.add_task("writing the drafter", total=None)
         lineage = checkpoint.lineage(checkpoint.hash_tensors(refreshed))
         folder = (out or Path(settings.trainer.folder) / f"vocabulary-{lineage}").resolve()
         measured = {"covered_before": covered, "covered_after": covers, "tokens_exchanged": float(new)}
@@ -121,6 +131,25 @@ def _fetch(registry: Registry, version: str, target_revision: str) -> _Drafter:
     if config.draft_vocab_size == config.vocab_size:
         raise SettingsError(f"version {number} can propose all {config.vocab_size:,} tokens; nothing is to be chosen")
     return _Drafter(number, config, manifest, tensors)
+
+
+def _learn(
+    settings: Settings,
+    parent: _Drafter,
+    tensors: Mapping[str, np.ndarray],
+    traces: Sequence[Trace],
+    target: Path,
+    steps: int,
+    bar: Progress,
+) -> tuple[dict[str, np.ndarray], Manifest]:
+    from livedraft.trainer.lineage import first_lessons
+
+    task = bar.add_task("learning the new tokens", total=steps)
+    taught = first_lessons(
+        parent.config, tensors, parent.manifest, traces, settings.trainer, target, steps, lambda: bar.advance(task)
+    )
+    bar.remove_task(task)
+    return taught
 
 
 def _publish(
@@ -170,6 +199,7 @@ def _count(settings: Settings, manifest: Manifest, vocab_size: int, records: int
     begin = {name: max(bounds.oldest, bounds.end - records) for name, bounds in held.items()}
     task = bar.add_task("counting tokens", total=sum(held[name].end - first for name, first in begin.items()))
     counts, seen, offsets = np.zeros(vocab_size), 0, dict(begin)
+    newest: deque[Trace] = deque(maxlen=settings.trainer.replay_traces // 2)
     for name, first in begin.items():
         for delivery in view(settings).read({name: first}):
             if delivery.offset >= held[name].end:
@@ -182,10 +212,11 @@ def _count(settings: Settings, manifest: Manifest, vocab_size: int, records: int
             if _is_of(manifest, trace) and _knows(trace, vocab_size):
                 counts += expected_counts(trace, vocab_size)
                 seen += 1
+                newest.append(trace)
     bar.remove_task(task)
     if seen < _LEAST_TRACES:
         raise NotFound(f"{settings.traces.url}: {seen} traces of {manifest.target} to count, expected {_LEAST_TRACES}")
-    return _Counted(counts, seen, offsets)
+    return _Counted(counts, seen, offsets, tuple(newest))
 
 
 def _is_of(manifest: Manifest, trace: Trace) -> bool:

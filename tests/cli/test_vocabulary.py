@@ -88,7 +88,7 @@ def test_the_words_of_recent_traffic_become_a_candidate(site: Site, traffic: lis
     assert "nothing written" in dry.stdout
     assert site.registry.resolve(REFRESHED) is None
 
-    result = site.run("drafts", "refresh-vocabulary")
+    result = site.run("drafts", "refresh-vocabulary", "--steps", "0")
     assert result.exit_code == 0, result.output
     found = site.registry.resolve(REFRESHED)
     assert found is not None
@@ -132,6 +132,26 @@ def test_the_words_of_recent_traffic_become_a_candidate(site: Site, traffic: lis
     assert again.exit_code == 0, again.output
     assert "most frequent ones already" in again.stdout
     assert not (tmp_path / "again").exists()
+
+
+def test_the_new_words_are_learned_before_they_are_judged(site: Site, traffic: list[Trace], tmp_path: Path) -> None:
+    live(site, initial(site))
+    spool(site, traffic)
+    folders = {steps: tmp_path / f"after-{steps}" for steps in (0, 20)}
+    for steps, folder in folders.items():
+        result = site.run("drafts", "refresh-vocabulary", "--steps", str(steps), "--out", str(folder))
+        assert result.exit_code == 0, result.output
+    about = {steps: checkpoint.verify(folder)[1] for steps, folder in folders.items()}
+    assert vocabulary(folders[20]) == vocabulary(folders[0])
+    assert checkpoint.lineage(about[20].tensors) == checkpoint.lineage(about[0].tensors)
+    assert (about[0].steps, about[20].steps) == (0, 20)
+    assert about[20].tokens_trained > 0
+    assert about[20].offsets == about[0].offsets == {"0": len(traffic)}
+    judges = [t for t in traffic if held_out(t.request_id, site.settings.traces.held_out)]
+    assert judges
+    scorer = DraftReplay(find("bundled"), 4)
+    rounds = {steps: sum(score.rounds for score in scorer.score(folder, judges)) for steps, folder in folders.items()}
+    assert rounds[20] < rounds[0]
 
 
 def test_what_stands_in_the_way_is_told(site: Site, traffic: list[Trace]) -> None:
