@@ -342,7 +342,7 @@ def draw(report: Mapping[str, Any], out: Path) -> None:
             axes[1].plot(found["tokens"], found["accept_length_at"]["0.7"], **style)
             axes[2].plot(found["tokens"], found["goodput_tokens_per_s"], **style)
         axes[0].set_ylabel("accept length on held-out texts (thin: seeds)")
-        axes[0].legend(fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         axes[1].set_ylabel("accept length at temperature 0.7")
         axes[2].set_ylabel("tokens/s at batch 1, by the engine's measured costs")
         for axis in axes:
@@ -368,7 +368,7 @@ def _draw_shift(report: Mapping[str, Any], out: Path, plt: Any) -> None:
             axis.axvline(end, color="#b03a2e", linestyle="--", linewidth=1)
         axis.set_ylabel(f"accept length on held-out {domain}")
         axis.set_xlabel("tokens of traffic (red: prose to code, and back)")
-    axes[0].legend(fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     axes[2].axhline(1, color="black", linewidth=0.7)
     axes[2].set_ylabel("accept length over the drafter frozen at the shift")
     axes[2].set_xlabel("request")
