@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -211,7 +213,12 @@ def _log(name: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the ``livedraft`` command."""
+    """Entry point of the ``livedraft`` command.
+
+    At SIGTERM a command ends as at Ctrl-C, and so ends what it has started; those that run until told to stop have
+    handlers of their own.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     app()
 
 
