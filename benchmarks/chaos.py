@@ -289,6 +289,7 @@ def _on_topic(site: _Site) -> list[tuple[str, int, str]]:
         except StreamUnavailable:
             if time.monotonic() > deadline:
                 raise
+            time.sleep(0.2)
 
 
 def _wait_for_life(site: _Site, trainer: _Child) -> None:

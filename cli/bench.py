@@ -171,7 +171,7 @@ def learn(
 
     Peers need environments of their own, made by: benchmarks/peers/setup speculators
 
-    The full run takes about an hour of two cores. What is finished stays below --out: --resume goes on from there.
+    The full run takes an hour of two cores or more. What is finished stays below --out: --resume goes on from there.
 
     Example: livedraft bench learn --quick --json -
     """

@@ -115,7 +115,7 @@ class Controller:
                 return self._swapper.back(verdict)
             except DrafterRejected as error:
                 verdict = replace(verdict, action="keep", reason=f"cannot go back to {watched.live}: {error}")
-        elif not watch.exhausted(watched, status, verdict.at, self._watch_rules):
+        elif not watch.exhausted(verdict, watched, status, self._watch_rules):
             return None
         self._journal.append(verdict)
         return verdict

@@ -61,16 +61,19 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     shift of the traffic is not the drafter's doing.  Evidence: ``predicted_accept_length``,
     ``predicted_error`` (its standard error as a share of it, as the gate saw it), ``previous_accept_length``,
     ``observed_accept_length``, ``relative_error`` (of the prediction), ``rounds``, ``requests`` (where counted), and
-    ``seen``, the share of what it wanted that those are.
+    ``seen``, the share of what it wanted that those are; ``others``, its rounds of traffic that the gate did not judge.
     """
-    predicted, tokens, rounds = _comparable(watch, status)
+    predicted, tokens, rounds, others = _observed(watch, status)
     requests = _requests(watch, status)
+    share = rounds / max(1, rules.rounds)
+    seen = share if requests is None else min(share, requests / max(1, rules.requests))
     evidence = {
         "predicted_accept_length": predicted,
         "predicted_error": watch.predicted_error,
         "previous_accept_length": watch.previous,
         "rounds": float(rounds),
-        "seen": _seen(rounds, requests, rules),
+        "seen": seen,
+        "others": float(others),
     }
     if requests is not None:
         evidence["requests"] = float(requests)
@@ -82,8 +85,7 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
         evidence=evidence,
         at=now,
     )
-    seen = evidence["seen"]
-    over = seen >= 1.0 or _ended(watch, status, now, rules)
+    over = seen >= 1.0 or _ended(verdict, watch, status, rules)
     floor = rules.rollback_below * min(predicted, watch.previous)
     if rounds == 0:
         reason = "it was not asked to draft for the traffic it was judged on"
@@ -101,29 +103,22 @@ def judge(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> 
     )
 
 
-def exhausted(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> bool:
+def exhausted(verdict: Decision, watch: Watch, status: EngineStatus, rules: WatchRules) -> bool:
     """Whether a drafter that ``judge`` keeps has been looked at for as long as that teaches anything: ``longer``."""
-    _, _, rounds = _comparable(watch, status)
-    return _seen(rounds, _requests(watch, status), rules) >= rules.longer or _ended(watch, status, now, rules)
+    return verdict.evidence["seen"] >= rules.longer or _ended(verdict, watch, status, rules)
 
 
-def _seen(rounds: int, requests: int | None, rules: WatchRules) -> float:
-    """Of the rounds and requests that a watch needs, the share that was observed."""
-    share = rounds / max(1, rules.rounds)
-    return share if requests is None else min(share, requests / max(1, rules.requests))
+def _ended(verdict: Decision, watch: Watch, status: EngineStatus, rules: WatchRules) -> bool:
+    """Whether it has to do with what was observed: it took too long, or the traffic moved on."""
+    return (
+        verdict.at >= watch.started_at + rules.timeout_s
+        or status.rounds - watch.served >= rules.patience * rules.rounds
+        or verdict.evidence["others"] >= max(rules.rounds, verdict.evidence["rounds"])
+    )
 
 
-def _ended(watch: Watch, status: EngineStatus, now: float, rules: WatchRules) -> bool:
-    """Whether it has to do with what was observed: the traffic moved on, or it took too long."""
-    if now >= watch.started_at + rules.timeout_s or status.rounds - watch.served >= rules.patience * rules.rounds:
-        return True
-    drafted = sum(rounds for _, rounds in status.by_stratum.get(watch.candidate, {}).values())
-    _, _, comparable = _comparable(watch, status)
-    return drafted - comparable >= max(rules.rounds, comparable)
-
-
-def _comparable(watch: Watch, status: EngineStatus) -> tuple[float, int, int]:
-    """The prediction, and the (tokens, rounds) since the swap that it can be compared with."""
+def _observed(watch: Watch, status: EngineStatus) -> tuple[float, int, int, int]:
+    """The prediction, the (tokens, rounds) since the swap that it can be compared with, and rounds of other traffic."""
     strata = status.by_stratum.get(watch.candidate, {})
     if strata and watch.predicted_by_stratum:
         judged = [
@@ -131,11 +126,11 @@ def _comparable(watch: Watch, status: EngineStatus) -> tuple[float, int, int]:
         ]
         rounds = sum(r for _, _, r in judged)
         predicted = sum(p * r for p, _, r in judged) / rounds if rounds else watch.predicted
-        return predicted, sum(t for _, t, _ in judged), rounds
+        return predicted, sum(t for _, t, _ in judged), rounds, sum(r for _, r in strata.values()) - rounds
     tokens, rounds = status.by_drafter.get(watch.candidate, (0, 0))
     if rounds >= watch.rounds:  # else the engine started anew, and counts from zero
         tokens, rounds = tokens - watch.tokens, rounds - watch.rounds
-    return watch.predicted, tokens, rounds
+    return watch.predicted, tokens, rounds, 0
 
 
 def _requests(watch: Watch, status: EngineStatus) -> int | None:

@@ -295,7 +295,7 @@ class LocalEngine:
     def _wait(self) -> bool:
         """Until there is something to do; False when closed and empty."""
         with self._changed:
-            while not (self._entered or self._waiting or self._incoming):
+            while not (self._running or self._entering or self._waiting or self._incoming):
                 if self._closing:
                     return False
                 self._cancelled.clear()
