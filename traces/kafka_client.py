@@ -51,6 +51,8 @@ logging.getLogger("kafka").setLevel(logging.ERROR)  # it tells of every connecti
 _REFUSALS = (MessageSizeTooLargeError, RecordListTooLargeError, InvalidRecordError, InvalidTopicError)
 
 _RECEIVE_BYTES = 64 << 10
+#: How long a producer's thread sleeps where a connection takes no request, unless something happens before.
+_PATIENCE_MS = 100.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -111,7 +113,7 @@ class Producer:
 
     def __init__(self, brokers: Sequence[str], settings: Kafka, name: str) -> None:
         self._topic = topic(settings, name)
-        self._client = _connected(_Producer, brokers, settings, **producing(settings))
+        self._client = _connected(_Producer, brokers, settings, _Patient, **producing(settings))
 
     def find_topic(self) -> None:
         """So that no ``send`` waits for it.  Raises StreamUnavailable."""
@@ -307,6 +309,17 @@ class _Producer(KafkaProducer):  # type: ignore[misc]
                 raise
 
 
+class _Patient(KafkaNetClient):  # type: ignore[misc]
+    """Waits for a broker that has yet to answer; whatever happens on a connection ends the wait.
+
+    The producer's thread takes this for milliseconds, but is told seconds, or 0 of a connection whose request is in
+    flight.  Until the answer it would spin, and so take Python's lock from the thread that makes tokens.
+    """
+
+    def connection_delay(self, node_id: int) -> float:
+        return max(_PATIENCE_MS, 1000 * float(super().connection_delay(node_id)))
+
+
 class _Sockets(KafkaNetSocket):  # type: ignore[misc]
     """The client picks this by ``proxy_url``, which is how it lets one make its sockets; no proxy is in the way."""
 
@@ -340,14 +353,20 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         self._owner.lost(_names(lost))
 
 
-def _connected(kind: Callable[..., Any], brokers: Sequence[str], settings: Kafka, **more: Any) -> Any:
+def _connected(
+    kind: Callable[..., Any],
+    brokers: Sequence[str],
+    settings: Kafka,
+    network: type[KafkaNetClient] = KafkaNetClient,
+    **more: Any,
+) -> Any:
     """A client with the settings that all of them share.  Raises StreamUnavailable, SettingsError."""
     options = connecting(brokers, settings)
     _knock(brokers)
     made: list[KafkaNetClient] = []
 
     def keep(**given: Any) -> KafkaNetClient:
-        made.append(KafkaNetClient(**given))
+        made.append(network(**given))
         return made[-1]
 
     try:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from livedraft.cli.local_broker import memory_broker
 from livedraft.contracts.messages import Trace
 from livedraft.traces.codec import encode
 from livedraft.traces.kafka_reader import TopicReader
@@ -23,13 +20,9 @@ from .conftest import Site, app
 from .test_traces import records
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    if given := os.environ.get("LIVEDRAFT_TEST_KAFKA"):
-        yield f"kafka://{given}"
-        return
-    with memory_broker() as broker:
-        yield f"kafka://{broker.address}"
+@pytest.fixture
+def url(broker_address: str) -> str:
+    return f"kafka://{broker_address}"
 
 
 @pytest.fixture

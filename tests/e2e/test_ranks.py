@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from livedraft.cli import wiring
-from livedraft.cli.local_broker import memory_broker
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.settings import Engine, Kafka, Registry, Settings, Traces
 from livedraft.traces.codec import encode
@@ -132,18 +131,12 @@ def test_a_rank_is_killed_and_all_go_on_from_the_checkpoint_until_they_are_told_
     assert ranks.progress.published is not None
 
 
-@pytest.fixture
-def broker_url() -> Iterator[str]:
-    with memory_broker() as broker:
-        yield f"kafka://{broker.address}"
-
-
 # kafka-python leaves the sockets of failed connections to the collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ranks_share_the_partitions_of_a_broker_and_no_trace_is_trained_on_twice(
-    broker_url: str, tmp_path: Path
+    broker_address: str, tmp_path: Path
 ) -> None:
-    settings = settings_of(tmp_path, broker_url, "ddp")
+    settings = settings_of(tmp_path, f"kafka://{broker_address}", "ddp")
     make_trace = TraceMaker(settings, tmp_path)
     sink = open_sink(settings.traces, kafka=settings.kafka)
     assert all(sink.offer(make_trace(number)) for number in range(COUNT // 2))

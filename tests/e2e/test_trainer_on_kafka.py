@@ -18,7 +18,6 @@ import msgspec
 import pytest
 import torch
 from livedraft.cli import wiring
-from livedraft.cli.local_broker import LocalBroker, memory_broker
 from livedraft.cli.settings_file import write_settings
 from livedraft.contracts.settings import Engine, Kafka, Registry, Settings, Traces
 from livedraft.traces.kafka_source import KafkaSource
@@ -40,12 +39,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 class Trainers:
     """Trainers of one stream, each in a folder of its own, in lockstep with what they read."""
 
-    def __init__(self, broker: LocalBroker, root: Path) -> None:
+    def __init__(self, broker: str, root: Path) -> None:
         self._root = root
         self._processes: list[subprocess.Popen[bytes]] = []
         self.settings = Settings(
             engine=Engine(draft_intermediate=64),
-            traces=Traces(url=f"kafka://{broker.address}", held_out=0.0),
+            traces=Traces(url=f"kafka://{broker}", held_out=0.0),
             kafka=Kafka(prefix=f"e2e-{uuid.uuid4().hex[:8]}", partitions=1, session_timeout_s=2.0),
             registry=Registry(url="memory:"),
             trainer=replace(LOCKSTEP, checkpoint_every_s=0.1),
@@ -116,11 +115,10 @@ class Trainers:
 
 
 @pytest.fixture
-def trainers(tmp_path: Path) -> Iterator[Trainers]:
-    with memory_broker() as broker:
-        made = Trainers(broker, tmp_path)
-        yield made
-        made.kill()
+def trainers(broker_address: str, tmp_path: Path) -> Iterator[Trainers]:
+    made = Trainers(broker_address, tmp_path)
+    yield made
+    made.kill()
 
 
 @pytest.mark.timeout(1500)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -107,18 +106,6 @@ def any_trace() -> st.SearchStrategy[Trace]:
         started_at=st.floats(0, 1e12),
         finish_reason=st.sampled_from(["stop", "length", "cancelled", "error"]),
     )
-
-
-@pytest.fixture(scope="session")
-def broker_address() -> Iterator[str]:
-    """host:port of a broker: the one in LIVEDRAFT_TEST_KAFKA, else one that is started.  Its absence is a failure."""
-    from livedraft.cli.local_broker import memory_broker
-
-    if given := os.environ.get("LIVEDRAFT_TEST_KAFKA"):
-        yield given
-        return
-    with memory_broker() as broker:
-        yield broker.address
 
 
 @pytest.fixture

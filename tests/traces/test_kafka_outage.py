@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -133,6 +134,29 @@ def test_without_a_spill_a_stall_costs_traces_that_are_counted_and_sending_goes_
         sink.close()
         found = read_until(broker.address, settings, {"t-0", "t-20"})
     assert {"t-0", "t-20"} <= {t.trace_id for t in found}
+
+
+def test_while_a_broker_stands_still_the_client_sleeps_and_leaves_the_processor_to_serving(
+    kafka_settings: MakeSettings, make_trace: Any
+) -> None:
+    with memory_broker() as broker:
+        sink = open_sink(Traces(url=f"kafka://{broker.address}"), kafka=kafka_settings())
+        sink.offer(make_named(make_trace(1), "t-0", "r"))
+        eventually(lambda: sink.counters().written == 1)
+        broker.stall()
+        # A request in flight, and messages of other partitions behind it.
+        for n in range(1, 20):
+            sink.offer(make_named(make_trace(1), f"t-{n}", f"r{n}"))
+            time.sleep(0.05)
+        (client,) = (thread for thread in threading.enumerate() if thread.name == "livedraft-network-thread")
+        assert client.ident is not None
+        clock = time.pthread_getcpuclockid(client.ident)
+        began, before = time.monotonic(), time.clock_gettime(clock)
+        time.sleep(1.0)
+        assert time.clock_gettime(clock) - before < 0.1 * (time.monotonic() - began)
+        broker.go_on()
+        eventually(lambda: sink.counters().written == 20)
+        sink.close()
 
 
 def test_a_consumer_waits_through_a_stall_and_repeats_nothing(kafka_settings: MakeSettings, make_trace: Any) -> None:
