@@ -40,9 +40,9 @@ def verify_chain(p: Tensor, q: Tensor, tokens: Sequence[int], uniform: Callable[
     n = len(tokens)
     if n == 0:
         return 0, draw(p[0], uniform())
-    rows, index = torch.arange(n), torch.tensor(tokens)
-    chances = p[rows, index].tolist()
-    proposed = q[rows, index].tolist()
+    index = torch.tensor(tokens)[:, None]
+    chances = p[:n].gather(1, index)[:, 0].tolist()
+    proposed = q.gather(1, index)[:, 0].tolist()
     for i in range(n):
         # Strict: a token the target never emits must fall even when the draw is exactly 0.
         if uniform() * proposed[i] < chances[i]:

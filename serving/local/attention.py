@@ -16,13 +16,13 @@ class Layout:
     """Where the rows of one forward pass stand: B sequences in consecutive slots, R rows each.
 
     rotations: complex64 [B*R, 1, head_dim/2]; rows: as ``KVCache.rows``; mask: [B*kv_heads, R*groups, length],
-    0 where a row may attend and -inf elsewhere; keys and values: as ``KVCache.views``.
+    0 where a row may attend and -inf elsewhere, None where all may; keys and values: as ``KVCache.views``.
     """
 
     batch: int
     rotations: Tensor
     rows: Tensor
-    mask: Tensor
+    mask: Tensor | None
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
@@ -91,17 +91,17 @@ def layout(
 def _one_chain(cache: KVCache, rotary: Rotary, slot: int, start: int, rows: int, groups: int) -> Layout:
     """``layout`` of a single chain, from views: a draft step is so short that its book-keeping would show."""
     length = min(cache.length, start + rows)
-    mask = torch.zeros(1, rows, length, device=cache.data.device)
+    mask = None
     if rows > 1:
-        mask[0, :, start:] = torch.full((rows, rows), float("-inf"), device=mask.device).triu_(1)
-    if groups > 1:
-        mask = mask.repeat_interleave(groups, dim=1) if rows > 1 else mask.expand(1, groups, length)
+        mask = torch.zeros(rows, groups, length, device=cache.data.device)
+        mask[:, :, start:] = torch.full((rows, rows), float("-inf"), device=mask.device).triu_(1)[:, None]
+        mask = mask.view(1, rows * groups, length).expand(cache.kv_heads, -1, -1)
     keys, values = cache.views(slot, 1, length)
     return Layout(
         batch=1,
         rotations=rotary.table[start : start + rows, None],
         rows=cache.run(slot, start, rows),
-        mask=mask.expand(cache.kv_heads, *mask.shape[1:]),
+        mask=mask,
         keys=keys,
         values=values,
     )
@@ -120,7 +120,9 @@ def attend(qkv: Tensor, heads: int, head_dim: int, cache: KVCache, layer: int, w
     rows, groups = n // where.batch, heads // kv_heads
     queries = split[:, :heads].view(where.batch, rows, kv_heads, groups, head_dim)
     queries = queries.transpose(1, 2).reshape(where.batch * kv_heads, rows * groups, head_dim)
-    weights = torch.softmax(torch.baddbmm(where.mask, queries, where.keys[layer]), -1)
+    keys = where.keys[layer]
+    scores = torch.bmm(queries, keys) if where.mask is None else torch.baddbmm(where.mask, queries, keys)
+    weights = torch.softmax(scores, -1)
     mixed = torch.bmm(weights, where.values[layer]).view(where.batch, kv_heads, rows, groups, head_dim)
     return mixed.transpose(1, 2).reshape(n, heads * head_dim)
 

@@ -17,7 +17,7 @@ from livedraft.contracts.checkpoint import DrafterConfig
 from livedraft.contracts.errors import DrafterRejected
 from livedraft.serving.local.attention import Rotary, attend, layout, normalised
 from livedraft.serving.local.kv import KVCache
-from livedraft.serving.local.linear import Linear, packed
+from livedraft.serving.local.linear import Linear, frozen, halved
 from torch import Tensor
 
 
@@ -70,12 +70,12 @@ def load(
         config=config,
         version=version,
         checksum=held,
-        fc=packed(t["fc"]),
-        qkv=packed(qkv * torch.cat([t["input_layernorm"], t["hidden_norm"]])),
-        out=packed(t["self_attn.o_proj"]),
-        gate_up=packed(gate_up * t["post_attention_layernorm"]),
-        down=packed(t["mlp.down_proj"]),
-        head=packed(t["lm_head"] * t["norm"]),
+        fc=frozen(t["fc"]),
+        qkv=frozen(qkv * torch.cat([t["input_layernorm"], t["hidden_norm"]])),
+        out=frozen(t["self_attn.o_proj"]),
+        gate_up=frozen(gate_up * t["post_attention_layernorm"]),
+        down=frozen(t["mlp.down_proj"]),
+        head=halved(t["lm_head"] * t["norm"]),
         target_ids=None if whole else ids,
     )
 
@@ -94,7 +94,6 @@ class Drafter:
         inverse = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
         self._rotary = Rotary(inverse, length)
 
-    @torch.inference_mode()
     def extend(self, features: Tensor, following: Tensor, starts: list[int], take: Tensor, slot: int = 0) -> Tensor:
         """Read R committed positions of each sequence; returns the pre-norm outputs [B, H] at rows ``take``.
 
@@ -104,12 +103,10 @@ class Drafter:
         rows = len(following) // len(starts)
         return self._layer(self.weights.fc(features), following, starts, rows, slot)[take]
 
-    @torch.inference_mode()
     def step(self, hidden: Tensor, tokens: Tensor, starts: list[int]) -> Tensor:
         """One draft step: pre-norm outputs [B, H] and the tokens [B] drafted from them -> the next outputs [B, H]."""
         return self._layer(hidden, tokens, starts, 1, 0)
 
-    @torch.inference_mode()
     def branch(
         self, hidden: Tensor, tokens: Tensor, start: int, depths: Tensor, ancestors: Tensor, slot: int
     ) -> Tensor:
@@ -120,7 +117,6 @@ class Drafter:
         """
         return self._layer(hidden, tokens, [start], len(tokens), slot, depths, ancestors)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, draft_vocab] float32."""
         return self.weights.head(normalised(hidden, self.weights.config.rms_norm_eps))
@@ -136,7 +132,8 @@ class Drafter:
         ancestors: Tensor | None = None,
     ) -> Tensor:
         w, c = self.weights, self.weights.config
-        x = torch.cat([normalised(self._embedding[tokens], c.rms_norm_eps), normalised(hidden, c.rms_norm_eps)], -1)
+        both = torch.stack([self._embedding[tokens], hidden], 1)
+        x = normalised(both.flatten(0, 1), c.rms_norm_eps).view(len(tokens), -1)
         where = layout(
             self.cache,
             self._rotary,

@@ -276,13 +276,8 @@ class LocalEngine:
 
     def _run(self) -> None:
         try:
-            while self._wait():
-                self._exchange_drafter()
-                self._drop_cancelled()
-                while self._prefill() and not any(running.rounds for running in self._running):
-                    pass  # nobody's answer has begun to flow: those that came together begin together
-                if self._running:
-                    self._round()
+            with torch.inference_mode():
+                self._serve()
         except BaseException as error:
             # The boundary of the thread: requests must hear of it, or their clients wait for ever.
             self._fail(f"{type(error).__name__}: {error}")
@@ -291,6 +286,15 @@ class LocalEngine:
             with self._changed:
                 if self._incoming:
                     self._incoming[1].set()
+
+    def _serve(self) -> None:
+        while self._wait():
+            self._exchange_drafter()
+            self._drop_cancelled()
+            while self._prefill() and not any(running.rounds for running in self._running):
+                pass  # nobody's answer has begun to flow: those that came together begin together
+            if self._running:
+                self._round()
 
     def _wait(self) -> bool:
         """Until there is something to do; False when closed and empty."""

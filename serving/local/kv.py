@@ -35,6 +35,8 @@ class KVCache:
         head = torch.arange(kv_heads, device=device)[None] * length
         #: [2, kv_heads] flat row of (keys or values, head) at slot 0, position 0.
         self._offsets = which + head
+        #: [slots, length, 2 * kv_heads] flat rows of every position.
+        self._runs = (self.starts[..., None] + self.places[:, None] + self._offsets.flatten()).contiguous()
 
     def rows(self, places: Tensor) -> Tensor:
         """Flat row numbers [n * 2 * kv_heads] for ``write``; ``places`` [n] is slot * kv_heads * length + position."""
@@ -42,9 +44,7 @@ class KVCache:
 
     def run(self, slot: int, start: int, count: int) -> Tensor:
         """As ``rows`` for ``count`` positions of one slot from ``start`` on."""
-        first = slot * self.kv_heads * self.length + start
-        places = torch.arange(first, first + count, device=self.data.device)
-        return (places[:, None, None] + self._offsets).flatten()
+        return self._runs[slot, start : start + count].view(-1)
 
     def write(self, layer: int, rows: Tensor, values: Tensor) -> None:
         """Store ``values`` [n, 2 * kv_heads, head_dim] (keys, then values) at ``rows``."""

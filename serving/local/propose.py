@@ -49,16 +49,22 @@ def propose_chains(
     """
     batch, depth = len(starts), max(lengths)
     target_ids = drafter.weights.target_ids
-    sampled = [b for b in range(batch) if samplings[b].temperature > 0]
+    alike: dict[tuple[float, int, float], list[int]] = {}
+    for b, s in enumerate(samplings):
+        if s.temperature > 0:
+            alike.setdefault((s.temperature, s.top_k, s.top_p), []).append(b)
+    greedy = sum(map(len, alike.values())) < batch
     steps: list[tuple[Tensor, Tensor, dict[int, Tensor]]] = []
     for k in range(depth):
         logits = drafter.logits(hidden)
-        rows = logits.argmax(-1)
+        rows = logits.argmax(-1) if greedy else torch.empty(batch, dtype=torch.int64)
         q: dict[int, Tensor] = {}
-        for b in sampled:
-            s = samplings[b]
-            q[b] = distribution(logits[b : b + 1], s.temperature, s.top_k, s.top_p)
-            rows[b] = draw_rows(q[b], torch.tensor([rngs[b].random()]))[0]
+        for sampling, members in alike.items():
+            everyone = len(members) == batch
+            drawn_from = distribution(logits if everyone else logits[members], *sampling)
+            drawn = draw_rows(drawn_from, torch.tensor([rngs[b].random() for b in members]))
+            rows = drawn if everyone else rows.index_copy_(0, torch.tensor(members), drawn)
+            q |= zip(members, torch.split(drawn_from, 1), strict=True)
         steps.append((logits, rows, q))
         if k + 1 < depth:
             tokens = rows if target_ids is None else target_ids[rows]

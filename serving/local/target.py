@@ -1,7 +1,7 @@
 """The target: a Llama or Qwen causal LM from transformers' files, laid out for steps of a few rows.
 
 Against transformers' own modules: gains of the RMS norms folded into the weights behind them, one product for
-q, k, v and one for gate and up, prepacked weights (see ``linear``), rotary embedding as one complex product,
+q, k, v and one for gate and up, weights laid out for it (see ``linear``), rotary embedding as one complex product,
 preallocated caches.  Same function up to float32 rounding.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from livedraft.contracts.errors import BadRequest
 from livedraft.serving.local.attention import Layout, Rotary, attend, layout, normalised
 from livedraft.serving.local.kv import KVCache
-from livedraft.serving.local.linear import Linear, packed
+from livedraft.serving.local.linear import Linear, frozen
 from safetensors import safe_open
 from torch import Tensor
 
@@ -115,7 +115,7 @@ class Target:
         self.embedding = tensors["model.embed_tokens.weight"]
         head = self.embedding if c.tied else tensors["lm_head.weight"]
         self._blocks = [self._block(tensors, f"model.layers.{i}.") for i in range(c.layers)]
-        self._head = packed(head * tensors["model.norm.weight"])
+        self._head = frozen(head * tensors["model.norm.weight"])
 
     def _block(self, tensors: dict[str, Tensor], prefix: str) -> _Block:
         c = self.config
@@ -139,10 +139,10 @@ class Target:
             gains = (q_gain, Rotary.paired(tensors[prefix + "self_attn.k_norm.weight"], c.head_dim))
         gate_up = torch.cat([tensors[prefix + "mlp.gate_proj.weight"], tensors[prefix + "mlp.up_proj.weight"]])
         return _Block(
-            qkv=packed(torch.cat(parts) * attention_gain, bias if bias.any() else None),
-            out=packed(tensors[prefix + "self_attn.o_proj.weight"], tensors.get(prefix + "self_attn.o_proj.bias")),
-            gate_up=packed(gate_up * mlp_gain),
-            down=packed(tensors[prefix + "mlp.down_proj.weight"]),
+            qkv=frozen(torch.cat(parts) * attention_gain, bias if bias.any() else None),
+            out=frozen(tensors[prefix + "self_attn.o_proj.weight"], tensors.get(prefix + "self_attn.o_proj.bias")),
+            gate_up=frozen(gate_up * mlp_gain),
+            down=frozen(tensors[prefix + "mlp.down_proj.weight"]),
             q_gain=gains[0],
             k_gain=gains[1],
         )
@@ -169,7 +169,6 @@ class Target:
             ancestors=ancestors,
         )
 
-    @torch.inference_mode()
     def forward(self, tokens: Tensor, where: Layout, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One pass: tokens [B*R] int64 -> (logits [B*R, V], features [B*R, 3d]), float32; caches are written.
 
