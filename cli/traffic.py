@@ -14,6 +14,8 @@ import httpx
 
 TEMPERATURES = (0.0, 0.7)
 CLIENTS = 4
+#: Requests a second of all clients at most.  A service runs below what it could take; here the rest is the trainer's.
+RATE = 4.0
 TOKENS = 96
 
 
@@ -42,6 +44,8 @@ class Traffic:
         self._url, self._domain, self._served = url, domain, served
         self._work = enumerate(itertools.cycle(prompts))
         self._lock = threading.Lock()
+        #: When the next request may go (``time.monotonic``).
+        self._next = 0.0
         self._stop = threading.Event()
         self.failure = ""
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
@@ -62,6 +66,10 @@ class Traffic:
             while not self._stop.is_set():
                 with self._lock:
                     number, prompt = next(self._work)
+                    at = max(self._next, time.monotonic())
+                    self._next = at + 1 / RATE
+                if self._stop.wait(at - time.monotonic()):
+                    return
                 try:
                     self._served.append(self._ask(client, model, prompt, TEMPERATURES[number % 2]))
                 except (httpx.HTTPError, LookupError, ValueError) as error:
