@@ -42,6 +42,8 @@ class Loop:
     settings: Settings
     engine: Engine
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    #: Where the controller says that it runs.
+    health: int = field(default_factory=free_port)
 
     @property
     def config(self) -> Path:
@@ -61,7 +63,18 @@ class Loop:
     def start(self, *names: str) -> None:
         """Start processes, again where they were killed."""
         for name in names:
-            self._spawn(name, ["-m", "livedraft.cli.main", name, "--config", str(self.config)])
+            ours = {"LIVEDRAFT_METRICS__PORT": str(self.health)} if name == "controller" else {}
+            self._spawn(name, ["-m", "livedraft.cli.main", name, "--config", str(self.config)], **ours)
+
+    @contextlib.contextmanager
+    def uncontrolled(self) -> Iterator[None]:
+        """Nobody swaps but the block: the controller has ended what it had under way, and runs again afterwards."""
+        assert self.stop("controller") == 0, self.log("controller")
+        try:
+            yield
+        finally:
+            self.start("controller")
+            self.eventually(lambda: _answers(f"http://127.0.0.1:{self.health}/healthz"), _START_S)
 
     def start_registry(self) -> None:
         """Start MLflow and wait for it."""
@@ -130,11 +143,11 @@ class Loop:
         """The registry's, oldest first."""
         return list(json.loads(self.run("drafts", "decisions", "--json")))
 
-    def _spawn(self, name: str, command: Sequence[str]) -> None:
+    def _spawn(self, name: str, command: Sequence[str], **environment: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [python(), *command],
-                env=_environment(),
+                env=_environment() | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
@@ -160,7 +173,7 @@ def looping(folder: Path, drafter: Path) -> Iterator[Loop]:
             one.started(_START_S)
             loop.start_registry()
             loop.start("relay", "gateway", "trainer", "controller")
-            loop.eventually(lambda: _ready(loop.url), _START_S)
+            loop.eventually(lambda: _answers(f"{loop.url}/readyz"), _START_S)
             # From now on the first drafter has a version.
             loop.eventually(lambda: loop.drafter == "1", _START_S)
             yield loop
@@ -190,9 +203,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _ready(url: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
+        urllib.request.urlopen(url, timeout=5).close()
     except OSError:
         return False
     return True
