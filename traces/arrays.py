@@ -30,7 +30,9 @@ def from_numpy(values: ArrayLike, dtype: DType) -> Array:
     would change the kind of the values (floats to integers) and OverflowError where an integer does not fit.
     """
     source = np.asarray(values)
-    if source.size == 0:
+    if source.dtype == NUMPY[dtype]:
+        pass
+    elif source.size == 0:
         source = source.astype(NUMPY[dtype])
     elif dtype == "bf2" and source.dtype != np.uint16:
         source = float32_to_bf16(source.astype(np.float32, casting="same_kind"))

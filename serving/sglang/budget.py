@@ -15,6 +15,7 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._claims: dict[int, int] = {}
+        self._owners: dict[int, weakref.ref[object]] = {}
         self._held = 0
         # A collected owner may give back at any moment, also while the lock is held.
         self._lock = threading.RLock()
@@ -37,7 +38,7 @@ class Budget:
         key = id(owner)
         with self._lock:
             if key not in self._claims:
-                weakref.finalize(owner, self._give_back, key).atexit = False
+                self._owners[key] = weakref.ref(owner, lambda _: self._give_back(key))
                 self._claims[key] = 0
             self._claims[key] += size
             self._held += size
@@ -52,3 +53,4 @@ class Budget:
     def _give_back(self, key: int) -> None:
         with self._lock:
             self._held -= self._claims.pop(key, 0)
+            self._owners.pop(key, None)

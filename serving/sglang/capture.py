@@ -27,14 +27,15 @@ from livedraft.kernels.features import pack_rows
 from livedraft.serving.sglang.budget import Budget
 from livedraft.serving.sglang.identity import Drafting, Identity
 from livedraft.serving.sglang.proposals import Proposals, Tap, proposed
-from livedraft.serving.sglang.recording import Layout, Recording, Source, Torn, trace
-from livedraft.serving.sglang.rounds import Lifted, Span, Verdict
+from livedraft.serving.sglang.recording import Ended, Layout, Recording, Source, Torn, Words, traces
+from livedraft.serving.sglang.rounds import Lifted, Span, Verdict, arrived
 from livedraft.serving.sglang.surface import Feature, Hook
 from livedraft.serving.sglang.tally import Tally
 from livedraft.traces.admission import admit
 from livedraft.traces.arrays import from_numpy, to_numpy
 from livedraft.traces.relay_sink import SCHEME, RelaySink
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,9 @@ _DECODED = f"{_PROCESSOR}.process_batch_result_decode"
 _ABORTED = "sglang.srt.managers.scheduler.Scheduler.send_abort_output"
 
 _NICE = 10
-#: Settled passes handed over at once: a thread that wakes costs the scheduler its interpreter for a moment.
-_TOGETHER = 16
+#: Settled passes gather for so many seconds, or until they are so many: whenever an operation of capture's thread ends,
+#: the scheduler may have to wait for the interpreter.
+_GATHER_S, _TOGETHER = 0.5, 16
 #: What the ids of SGLang's requests to itself begin with.
 _HEALTH_CHECK = "HEALTH_CHECK"
 #: Where SGLang's requests and results carry what is ours.
@@ -86,18 +88,10 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ended:
-    recording: Recording
-    prompt: Sequence[int]
-    output: Sequence[int]
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
 class _Settled:
     lifted: Lifted | None
     entries: Sequence[_Entry]
-    ended: Sequence[_Ended]
+    ended: Sequence[Ended]
 
 
 class Unsuited(Exception):
@@ -130,11 +124,11 @@ class Capture:
         self._full_depth: int | None = None
         self._offered = 0
         self._lost: Counter[str] = Counter()
-        self._settled: list[_Settled] = []
-        self._queue: queue.SimpleQueue[list[_Settled] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Settled | None] = queue.SimpleQueue()
+        self._enough = threading.Event()
         self._thread = threading.Thread(target=self._run, name="livedraft-capture", daemon=True)
         self._tap = Tap(self.feature)
-        proposals = Proposals(self.feature, self._tap, lambda: bool(self._open))
+        self._proposals = Proposals(self.feature, self._tap, lambda: bool(self._open))
         self.hooks = [
             Hook(_VERIFY, self._around_verify, ("batch",), self.counting),
             Hook(_PREFILLED, self._around_result, ("batch", "result"), self.counting),
@@ -143,7 +137,7 @@ class Capture:
             # 0.5.21 and 0.5.22 have no such place: what ends in the queue there leaves no trace.
             Hook(_ABORTED, self._around_abort, ("abort_req", "req"), self.feature, needed=False),
             *self._tap.hooks,
-            *proposals.hooks,
+            *self._proposals.hooks,
         ]
         if not settings.traces.url.startswith(SCHEME):
             self.feature.switch_off(
@@ -167,8 +161,8 @@ class Capture:
         """Make traces of what ended, and send them."""
         if self._recording:
             self._recording = False
-            self._queue.put(self._settled)
             self._queue.put(None)
+            self._enough.set()
             self._thread.join()
         if self._sink is not None:
             log.info("livedraft ends: a relay that is there gets the traces that still wait")
@@ -229,10 +223,10 @@ class Capture:
         starts = [sum(extends[:i]) for i in range(len(extends))]
         width = self._candidates(worker)
         layout = Layout(nodes=1, depth=1, candidates=width)
-        rows = self._fitting(reqs, lambda i: 4 * layout.width + 2 * extends[i] * self._feature_width(worker))
+        wide = self._feature_width(worker)
+        rows = self._fitting(reqs, [4 * layout.width + 2 * extend * wide for extend in extends])
         if not rows:
             return original(worker, batch, *args, **kwargs)
-        wide = self._feature_width(worker)
         seen: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
         def look(output: Any) -> None:
@@ -271,17 +265,18 @@ class Capture:
 
     def _verified(self, worker: Any, batch: Any, result: Any) -> Lifted | None:
         verify, count = batch.spec_info, len(batch.reqs)
+        chain = self._proposals.take()
         n, tree = verify.draft_token_num, verify.topk > 1
-        depth = verify.max_tree_depth if tree else n
+        depth, wide = verify.max_tree_depth if tree else n, self._feature_width(worker)
         layout = Layout(nodes=n, depth=depth, candidates=self._candidates(worker), tree=tree)
-        rows = self._fitting(batch.reqs, lambda _: 4 * layout.width + 2 * depth * self._feature_width(worker))
+        rows = self._fitting(batch.reqs, [4 * layout.width + 2 * depth * wide] * count)
         if not rows:
             return None
         logits, hidden = result.logits_output.next_token_logits, result.logits_output.hidden_states
         pick = _picker(rows, count, logits.device)
         heat = _temperatures(batch.sampling_info)
         tokens = verify.draft_token.view(count, n)
-        logprobs = proposed(verify, tokens)
+        logprobs = None if chain else proposed(verify, tokens)
         verdict = Verdict(
             logits=pick(logits[: count * n].view(count, n, -1)).flatten(0, 1),
             temperatures=None if heat is None else pick(heat).repeat_interleave(n, 0),
@@ -289,11 +284,13 @@ class Capture:
             accepted=pick(result.accept_lens),
             bonus=pick(result.next_draft_input.bonus_tokens),
             logprobs=None if logprobs is None else pick(logprobs),
+            chain=chain and chain.picked(pick),
             path=pick(result.accept_index) if tree else None,
-            links=(pick(verify.retrieve_next_token), pick(verify.retrieve_next_sibling)) if tree else None,
+            child=pick(verify.retrieve_next_token) if tree else None,
+            sibling=pick(verify.retrieve_next_sibling) if tree else None,
         )
         # The rows of the accepted path come first, SGLang has moved them there.
-        features = pick(hidden[: count * n].view(count, n, -1)[:, :depth, : self._feature_width(worker)]).flatten(0, 1)
+        features = pick(hidden[: count * n].view(count, n, -1)[:, :depth, :wide]).flatten(0, 1)
         spans = [Span(slot * depth, depth) for slot in range(len(rows))]
         return self._lifted(layout, rows, spans, verdict, features)
 
@@ -347,10 +344,10 @@ class Capture:
             and admit(request, opted_out=traces.opted_out, sample_rate=traces.sample_rate).captured
         )
 
-    def _fitting(self, reqs: Sequence[Any], size: Callable[[int], int]) -> list[int]:
-        """Rows of the recorded requests, the youngest given up until what they copy fits."""
+    def _fitting(self, reqs: Sequence[Any], sizes: Sequence[int]) -> list[int]:
+        """Rows of the recorded requests, the youngest given up until what they copy, ``sizes`` of each, fits."""
         rows = [i for i, req in enumerate(reqs) if _seat(req).recording is not None]
-        while rows and not self._budget.fits(sum(map(size, rows))):
+        while rows and not self._budget.fits(sum(sizes[i] for i in rows)):
             recordings = {i: _seat(reqs[i]).recording for i in rows}
             youngest = max(rows, key=lambda i: r.started_at if (r := recordings[i]) else 0.0)
             self._give_up(_seat(reqs[youngest]), "full")
@@ -442,11 +439,11 @@ class Capture:
         if entries or ended:
             self._hand_over(_Settled(lifted, entries, ended))
 
-    def _end(self, seat: Seat, req: Any, output: Sequence[int], reason: FinishReason) -> _Ended:
+    def _end(self, seat: Seat, req: Any, output: Sequence[int], reason: FinishReason) -> Ended:
         recording, seat.recording = seat.recording, None
         assert recording is not None, "only a recorded request ends here"
         self._close_recording(recording)
-        return _Ended(recording, req.origin_input_ids, output, reason)
+        return Ended(recording, req.origin_input_ids, output, reason)
 
     def _around_abort(
         self, original: Callable[..., Any], scheduler: Any, abort_req: Any, req: Any, *args: Any, **kwargs: Any
@@ -464,69 +461,76 @@ class Capture:
         return result
 
     def _hand_over(self, settled: _Settled) -> None:
-        self._settled.append(settled)
-        if settled.ended or len(self._settled) >= _TOGETHER or self._budget.crowded():
-            self._queue.put(self._settled)
-            self._settled = []
+        self._queue.put(settled)
+        if self._queue.qsize() >= _TOGETHER or self._budget.crowded():
+            self._enough.set()
 
     # ---- capture's thread
 
     def _run(self) -> None:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        while (together := self._queue.get()) is not None:
-            together.reverse()
-            while together:  # each is let go of before the next one is waited for
-                if self.feature.on:
-                    try:
-                        self._write(together.pop())
-                    except Exception as error:
-                        self.feature.failed(error)
-                else:
-                    together.clear()
+        goes_on = True
+        while goes_on:
+            gathered = [self._queue.get()]
+            self._enough.wait(_GATHER_S)
+            self._enough.clear()
+            gathered += [self._queue.get() for _ in range(self._queue.qsize())]
+            goes_on = None not in gathered
+            if self.feature.on:
+                try:
+                    self._write([settled for settled in gathered if settled is not None])
+                except Exception as error:
+                    self.feature.failed(error)
+            gathered.clear()  # before the next ones are waited for
 
-    def _write(self, settled: _Settled) -> None:
-        if settled.lifted is not None:
-            self._take(settled.lifted, settled.entries)
-        for ended in settled.ended:
+    def _write(self, gathered: Sequence[_Settled]) -> None:
+        lifted = [settled.lifted for settled in gathered if settled.lifted is not None]
+        left = iter(arrived(lifted))
+        recordings = dict[Recording, None]()
+        for settled in gathered:
+            if settled.lifted is not None:
+                self._take(settled.lifted, settled.entries, *next(left))
+                recordings |= dict.fromkeys(entry.recording for entry in settled.entries)
+        for recording in recordings:
+            if not recording.lost:
+                self._budget.claim(recording, recording.own())
+        for one in lifted:
+            self._budget.release(one)
+        if ended := [one for settled in gathered for one in settled.ended]:
             self._offer(ended)
-            self._budget.release(ended.recording)
 
-    def _take(self, lifted: Lifted, entries: Sequence[_Entry]) -> None:
-        words, features = lifted.arrived()
-        accepted = words[:, lifted.layout.at("accepted")][:, 0]
+    def _take(self, lifted: Lifted, entries: Sequence[_Entry], words: Words, features: NDArray[np.uint16]) -> None:
+        accepted = words[:, lifted.layout.at("accepted")][:, 0].tolist()
         for entry in entries:
             recording, span = entry.recording, lifted.spans[entry.slot]
             if recording.lost:
                 continue
-            whole = int(accepted[entry.slot])
+            whole = accepted[entry.slot]
             committed = min(entry.committed, whole)
             if span.position is None:
                 # Rows of a recording follow one another: a round's root is the first position not yet computed.
                 position, rows = recording.end, committed
             else:
                 position, rows = span.position, span.rows
-            kept = recording.computed(position, features[span.first : span.first + rows].copy())
+            recording.computed(position, features[span.first : span.first + rows])
             if committed:
-                row = words[entry.slot].copy()
-                recording.verified(lifted.layout, row, lifted.drafter, committed if committed < whole else None)
-                kept += row.nbytes
-            self._budget.claim(recording, kept)
-        self._budget.release(lifted)
+                cut = committed if committed < whole else None
+                recording.verified(lifted.layout, words[entry.slot], lifted.drafter, cut)
 
-    def _offer(self, ended: _Ended) -> None:
+    def _offer(self, ended: Sequence[Ended]) -> None:
         identity, sink = self._identity, self._sink
         assert identity is not None, "nothing is recorded before"
         assert sink is not None, "nothing is recorded before"
         source = Source(
             identity.engine, identity.target, identity.target_revision, identity.tokenizer_hash, self._layers or ()
         )
-        try:
-            made = trace(ended.recording, source, ended.prompt, ended.output, ended.reason)
-        except Torn as problem:
-            self._count_lost("torn", f"request {ended.recording.request_id}: {problem}")
-            return
-        sink.offer(_in_eight_bits(made) if self._settings.traces.feature_dtype == "fp8" else made)
+        for one, made in zip(ended, traces(ended, source), strict=True):
+            if isinstance(made, Torn):
+                self._count_lost("torn", f"request {one.recording.request_id}: {made}")
+            else:
+                sink.offer(_in_eight_bits(made) if self._settings.traces.feature_dtype == "fp8" else made)
+            self._budget.release(one.recording)
 
 
 def _in_eight_bits(trace: Trace) -> Trace:

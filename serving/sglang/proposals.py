@@ -5,12 +5,16 @@ its probability, which nothing reads.  Here that placeholder becomes the probabi
 log-probability leaves the drafter in ``draft_probs``, which is empty but for rejection sampling and goes where the
 proposal goes: through filtering, relaying to the next step and the replay of captured graphs (what is computed
 inside ``draft_forward`` becomes part of them).
+
+On a CPU, where the next step waits for what is computed here, the logits of a chain are left for the verify round
+that follows, to be looked at by somebody else.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +27,37 @@ _EXTEND = f"{_WORKER}._draft_extend_for_decode"
 _EXTEND_GRAPH = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner.execute"
 _CHILDREN = "sglang.srt.speculative.spec_utils.select_top_k_tokens"
 _FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What the proposals of B chains were chosen from."""
+
+    first: Tensor  # [B, 1] probability of the first
+    logits: Sequence[Tensor]  # [B, V] of each later one
+
+    @property
+    def size(self) -> int:
+        """Bytes of the logits."""
+        return sum(step.nbytes for step in self.logits)
+
+    def picked(self, pick: Callable[[Tensor], Tensor]) -> Chain:
+        """Of some requests."""
+        return Chain(pick(self.first), [pick(step) for step in self.logits])
+
+    def logprobs(self) -> Tensor:
+        """[B, n - 1] of the proposals."""
+        return torch.cat([self.first.log(), *map(best_logprob, self.logits)], 1)
+
+
+def chained(chains: Sequence[Chain]) -> Chain | None:
+    """All requests of ``chains``, which are equally long; None where there are none."""
+    if not chains:
+        return None
+    return Chain(
+        torch.cat([chain.first for chain in chains]),
+        [torch.cat(steps) for steps in zip(*(chain.logits for chain in chains), strict=True)],
+    )
 
 
 class Tap:
@@ -58,11 +93,22 @@ class Tap:
 
 
 class Proposals:
-    """Hooks that make the drafter tell; ``wanted`` says whether anybody would look."""
+    """Hooks that make the drafter tell; ``wanted`` says whether anybody would look.
 
-    def __init__(self, feature: Feature, tap: Tap, wanted: Callable[[], bool]) -> None:
+    ``later`` says of probabilities whether those that follow them are left to be computed by who looks.
+    """
+
+    def __init__(
+        self,
+        feature: Feature,
+        tap: Tap,
+        wanted: Callable[[], bool],
+        later: Callable[[Tensor], bool] = lambda first: first.device.type == "cpu",
+    ) -> None:
         self._tap = tap
         self._wanted = wanted
+        self._later = later
+        self._chain: Chain | None = None
         self._children: list[Tensor] | None = None
         self.hooks = [
             Hook(_DRAFT, self._around_draft, ("forward_batch",), feature),
@@ -70,12 +116,25 @@ class Proposals:
             Hook(_CHILDREN, self._around_children, ("topk_p",), feature),
         ]
 
+    def take(self) -> Chain | None:
+        """What the round that is verified now was chosen from, if that was left."""
+        chain, self._chain = self._chain, None
+        return chain
+
     def _around_draft(self, original: Callable[..., Any], worker: Any, forward_batch: Any) -> Any:
         """A captured graph keeps what it does here for good, wanted at the time or not."""
+        self._chain = None
         if not (self._wanted() or _capturing()):
             return original(worker, forward_batch)
+        if worker.topk == 1 and self._later(first := forward_batch.spec_info.topk_p):
+            logits = list[Tensor]()
+            with self._tap.shown(lambda output: logits.append(output.next_token_logits)):
+                drafted = original(worker, forward_batch)
+            if drafted[2] is not None and drafted[3] is None:
+                self._chain = Chain(first, logits)
+            return drafted
         if worker.topk == 1:
-            steps = [forward_batch.spec_info.topk_p.log()]
+            steps = [first.log()]
             with self._tap.shown(lambda output: steps.append(best_logprob(output.next_token_logits))):
                 parents, chosen, tokens, probabilities = original(worker, forward_batch)
         else:

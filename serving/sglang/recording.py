@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.int32]
 Ints = NDArray[np.int64]
+
+#: Words laid open together.
+_PORTION_BYTES = 16 << 20
 
 
 class Torn(Exception):
@@ -98,15 +102,20 @@ class Recording:
     #: Positions that ``features`` cover, from and up to.
     start: int = 0
     end: int = 0
+    #: How many of ``rounds`` and ``features``, which it was lent, are its own by now.
+    _own: tuple[int, int] = (0, 0)
 
     def verified(self, layout: Layout, words: Words, drafter: str, keep: int | None = None) -> None:
-        """A round: ``words`` [width].  ``keep``: only so many tokens of it were committed, and decoding went on."""
+        """A round: ``words`` [width].  ``keep``: only so many tokens of it were committed, and decoding went on.
+
+        They are lent, as features are: see ``own``.
+        """
         if keep is not None:
             _cut(layout, words, keep)
         self.rounds.append((layout, words, drafter))
 
-    def computed(self, position: int, values: NDArray[np.uint16]) -> int:
-        """The target computed features [rows, 3H] of consecutive positions from ``position`` on; returns bytes kept.
+    def computed(self, position: int, values: NDArray[np.uint16]) -> None:
+        """The target computed features [rows, 3H] of consecutive positions from ``position`` on.
 
         A request that was retracted computes positions again: they are taken once.  One whose prefix was cached
         in the meantime leaves a gap: what lies before it is given up, since a trace holds consecutive positions.
@@ -115,10 +124,28 @@ class Recording:
             values = values[self.end - position :]
         else:
             self.features, self.start, self.end = [], position, position
+            self._own = self._own[0], 0
         if len(values):
             self.features.append(values)
             self.end += len(values)
-        return values.nbytes
+
+    def own(self) -> int:
+        """Copy what was lent since the last time, so that the rest of its batches may go; returns bytes."""
+        rounds, features = self._own
+        lent, size = self.rounds[rounds:], 0
+        if lent:
+            words = np.concatenate([row for _, row, _ in lent])
+            ends = itertools.accumulate(layout.width for layout, *_ in lent)
+            self.rounds[rounds:] = [
+                (layout, words[end - layout.width : end], drafter)
+                for (layout, _, drafter), end in zip(lent, ends, strict=True)
+            ]
+            size += words.nbytes
+        if values := self.features[features:]:
+            self.features[features:] = [np.concatenate(values)]
+            size += self.features[-1].nbytes
+        self._own = len(self.rounds), len(self.features)
+        return size
 
 
 def _cut(layout: Layout, words: Words, keep: int) -> None:
@@ -130,16 +157,61 @@ def _cut(layout: Layout, words: Words, keep: int) -> None:
     words[layout.at("accepted")] = keep
 
 
-def trace(
-    recording: Recording, source: Source, prompt: Sequence[int], output: Sequence[int], reason: FinishReason
-) -> Trace:
-    """The trace of a request that ended.  Raises Torn."""
-    before, after = np.asarray(prompt, np.int64), np.asarray(output, np.int64)
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that was recorded to its end, and what was answered."""
+
+    recording: Recording
+    prompt: Sequence[int]
+    output: Sequence[int]
+    reason: FinishReason
+
+
+def traces(ended: Sequence[Ended], source: Source) -> Iterator[Trace | Torn]:
+    """The trace of each, or why there is none; rounds of all are laid open together, which costs little more."""
+    for together in _portions(ended):
+        runs = [
+            [
+                (layout, [words for _, words, _ in run])
+                for layout, run in itertools.groupby(one.recording.rounds, _layout)
+            ]
+            for one in together
+        ]
+        rows = defaultdict[Layout, list[list[Words]]](list)
+        for layout, words in itertools.chain(*runs):
+            rows[layout].append(words)
+        opened = {
+            layout: _lay_open(layout, np.stack([*itertools.chain(*words)])).split(map(len, words))
+            for layout, words in rows.items()
+        }
+        for one, run in zip(together, runs, strict=True):
+            try:
+                yield _trace(one, [next(opened[layout]) for layout, _ in run], source)
+            except Torn as problem:
+                yield problem
+
+
+def _layout(round_: tuple[Layout, Words, str]) -> Layout:
+    return round_[0]
+
+
+def _portions(ended: Sequence[Ended]) -> Iterator[list[Ended]]:
+    """Bounds the memory that it takes to lay rounds open."""
+    portion, size = list[Ended](), 0
+    for one in ended:
+        portion.append(one)
+        size += sum(words.nbytes for _, words, _ in one.recording.rounds)
+        if size >= _PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+    yield portion
+
+
+def _trace(one: Ended, pieces: Sequence[_Piece], source: Source) -> Trace:
+    """Raises Torn."""
+    recording = one.recording
+    before, after = np.asarray(one.prompt, np.int64), np.asarray(one.output, np.int64)
     known = len(before) + len(after) - 1
-    pieces = [
-        _lay_open(layout, np.stack([words for _, words, _ in run]))
-        for layout, run in ((k, [*g]) for k, g in itertools.groupby(recording.rounds, key=lambda r: r[0]))
-    ]
     if not pieces:
         raise Torn("no round was seen")
     committed = np.concatenate([p.committed for p in pieces])
@@ -151,7 +223,6 @@ def trace(
         raise Torn(f"features of {recording.start}..{recording.end - 1}, expected up to {known - 1}")
     versions = [drafter for *_, drafter in recording.rounds]
     drafters = tuple(dict.fromkeys(versions))
-    temperature = recording.sampling.temperature or 1.0
     return Trace(
         trace_id=f"{source.engine}/{recording.request_id}",
         request_id=recording.request_id,
@@ -163,14 +234,14 @@ def trace(
         started_at=recording.started_at,
         finished_at=time.time(),
         sampling=recording.sampling,
-        top_temperature=temperature,
-        finish_reason=reason,
+        top_temperature=recording.sampling.temperature or 1.0,
+        finish_reason=one.reason,
         prompt=from_numpy(before, "i4"),
         output=from_numpy(after, "i4"),
         rounds=Rounds(
             root=from_numpy(roots, "i4"),
             size=_joined(pieces, "size", "i4"),
-            drafter=from_numpy([drafters.index(version) for version in versions], "i2"),
+            drafter=from_numpy(np.array([drafters.index(version) for version in versions], np.int16), "i2"),
             tokens=_joined(pieces, "tokens", "i4"),
             parents=_joined(pieces, "parents", "i2"),
             logprobs=_joined(pieces, "logprobs", "f4"),
@@ -205,15 +276,38 @@ class _Piece:
 
     lengths: Ints  # [R] tokens that each committed
     committed: Ints  # [sum of lengths]
-    size: Ints  # [R]
+    size: Words  # [R]
     bonus: Words  # [R]
     tokens: Words  # [M]
-    parents: Ints  # [M]
+    parents: NDArray[np.int16]  # [M]
     logprobs: NDArray[np.float32]  # [M]
     accepted: NDArray[np.uint8]  # [M]
     top_ids: Words  # [M + R, K]
     top_logprobs: NDArray[np.float32]  # [M + R, K]
     tail: NDArray[np.float32]  # [M + R]
+
+    def split(self, counts: Iterable[int]) -> Iterator[_Piece]:
+        """So many rounds, as many after them as the next says, and so on."""
+        nodes, tokens = ([0, *np.cumsum(values).tolist()] for values in (self.size, self.lengths))
+        start = 0
+        for count in counts:
+            end = start + count
+            rounds, drafted = slice(start, end), slice(nodes[start], nodes[end])
+            with_roots = slice(nodes[start] + start, nodes[end] + end)
+            yield _Piece(
+                lengths=self.lengths[rounds],
+                committed=self.committed[tokens[start] : tokens[end]],
+                size=self.size[rounds],
+                bonus=self.bonus[rounds],
+                tokens=self.tokens[drafted],
+                parents=self.parents[drafted],
+                logprobs=self.logprobs[drafted],
+                accepted=self.accepted[drafted],
+                top_ids=self.top_ids[with_roots],
+                top_logprobs=self.top_logprobs[with_roots],
+                tail=self.tail[with_roots],
+            )
+            start = end
 
 
 def _lay_open(layout: Layout, words: Words) -> _Piece:
@@ -249,10 +343,10 @@ def _lay_open(layout: Layout, words: Words) -> _Piece:
     return _Piece(
         lengths=lengths,
         committed=committed,
-        size=drafted.sum(1),
+        size=drafted.sum(1, dtype=np.int32),
         bonus=bonus,
         tokens=tokens[:, 1:][drafted],
-        parents=np.take_along_axis(number, np.maximum(parents, 0), 1)[:, 1:][drafted],
+        parents=np.take_along_axis(number, np.maximum(parents, 0), 1)[:, 1:][drafted].astype(np.int16),
         logprobs=floats("logprobs")[drafted],
         accepted=accepted[:, 1:][drafted],
         top_ids=ints("top_ids").reshape(count, n, -1)[kept],

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from livedraft.contracts.messages import Sampling
-from livedraft.serving.sglang.recording import Layout, Recording, Source, Torn, parents_of, reachable, trace
+from livedraft.contracts.messages import FinishReason, Sampling, Trace
+from livedraft.serving.sglang.recording import Ended, Layout, Recording, Source, Torn, parents_of, reachable, traces
 from livedraft.traces.arrays import to_float32, to_numpy
 from livedraft.traces.validation import validate
 
@@ -18,6 +18,14 @@ WIDTH, CANDIDATES, VOCABULARY = 6, 3, 1000
 
 def recording(prompt: int = 3, temperature: float = 0.0) -> Recording:
     return Recording("r", "acme", "prose", Sampling(temperature=temperature), prompt)
+
+
+def trace(recording: Recording, prompt: list[int], output: list[int], reason: FinishReason) -> Trace:
+    """Of one alone.  Raises Torn."""
+    (made,) = traces([Ended(recording, prompt, output, reason)], SOURCE)
+    if isinstance(made, Torn):
+        raise made
+    return made
 
 
 def rows(start: int, end: int) -> np.ndarray:
@@ -144,19 +152,31 @@ class Served:
         self.output += round_.committed
 
 
-@given(st.randoms(use_true_random=False), st.integers(1, 12), st.integers(1, 12))
-def test_a_trace_says_what_was_served(rng: random.Random, prompt: int, rounds: int) -> None:
-    served = Served(rng, [rng.randrange(VOCABULARY) for _ in range(prompt)])
-    served.prefill(served.start)
-    for number in range(rounds):
-        if rng.random() < 0.2:  # retracted, and prefilled again
-            served.prefill(rng.randrange(served.length))
-        served.verify(random_tree(rng, number))
-    cut = rng.randrange(len(served.rounds[-1][1].committed))
-    output = served.output[: len(served.output) - cut]
+@given(st.randoms(use_true_random=False), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=4))
+def test_traces_say_what_was_served(rng: random.Random, requests: list[tuple[int, int]]) -> None:
+    all_served, ended = [], []
+    for prompt, rounds in requests:
+        served = Served(rng, [rng.randrange(VOCABULARY) for _ in range(prompt)])
+        served.prefill(served.start)
+        for number in range(rounds):
+            if rng.random() < 0.2:  # retracted, and prefilled again
+                served.prefill(rng.randrange(served.length))
+            served.verify(random_tree(rng, number))
+            if rng.random() < 0.5:
+                served.recording.own()
+        cut = rng.randrange(len(served.rounds[-1][1].committed))
+        all_served.append(served)
+        ended.append(Ended(served.recording, served.prompt, served.output[: len(served.output) - cut], "stop"))
+    ended.insert(at := rng.randint(0, len(ended)), Ended(recording(), [0, 0, 0], [1], "stop"))
+    made = [*traces(ended, SOURCE)]
+    assert isinstance(made.pop(at), Torn)
+    del ended[at]
+    for served, one, trace in zip(all_served, ended, made, strict=True):
+        assert isinstance(trace, Trace)
+        assert_says(trace, served, [*one.output])
 
-    made = trace(served.recording, SOURCE, served.prompt, output, "stop")
 
+def assert_says(made: Trace, served: Served, output: list[int]) -> None:
     validate(made)
     known = len(served.prompt) + len(output) - 1
     assert made.features.start == served.start
@@ -190,7 +210,7 @@ def test_a_round_cut_by_a_grammar_ends_with_the_last_token_kept() -> None:
         it.computed(it.end, rows(it.end, it.end + (keep or 2)))
         it.verified(*drafted.words(tree=False), "a", keep)
 
-    made = trace(it, SOURCE, [0, 0, 0], [7, 1, 2, 5, 6], "stop")
+    made = trace(it, [0, 0, 0], [7, 1, 2, 5, 6], "stop")
 
     validate(made)
     assert to_numpy(made.rounds.accepted).tolist() == [1, 0, 0, 1]
@@ -214,7 +234,7 @@ def test_what_the_rounds_did_not_commit_is_torn(output: list[int]) -> None:
     it.computed(3, rows(3, 6))
     it.verified(*chain([1, 2], 2, 3).words(tree=False), "a")
     with pytest.raises(Torn, match="rounds"):
-        trace(it, SOURCE, [0, 0, 0], output, "length")
+        trace(it, [0, 0, 0], output, "length")
 
 
 def test_missing_features_are_torn() -> None:
@@ -222,9 +242,9 @@ def test_missing_features_are_torn() -> None:
     it.computed(0, rows(0, 2))
     it.verified(*alone(7).words(tree=False), "a")
     with pytest.raises(Torn, match=r"features of 0\.\.1, expected up to 2"):
-        trace(it, SOURCE, [0, 0, 0], [7], "length")
+        trace(it, [0, 0, 0], [7], "length")
     with pytest.raises(Torn, match="no round"):
-        trace(recording(), SOURCE, [0, 0, 0], [], "cancelled")
+        trace(recording(), [0, 0, 0], [], "cancelled")
 
 
 def test_temperature_of_the_target_is_the_requests_or_1() -> None:
@@ -232,7 +252,7 @@ def test_temperature_of_the_target_is_the_requests_or_1() -> None:
         it = recording(temperature=temperature)
         it.computed(0, rows(0, 3))
         it.verified(*alone(7).words(tree=False), "a")
-        assert trace(it, SOURCE, [0, 0, 0], [7], "length").top_temperature == expected
+        assert trace(it, [0, 0, 0], [7], "length").top_temperature == expected
 
 
 def test_links_to_parents() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from livedraft.serving.sglang.proposals import Proposals, Tap, best_logprob, proposed
+from livedraft.serving.sglang.proposals import Chain, Proposals, Tap, best_logprob, proposed
 from livedraft.serving.sglang.recording import Layout
-from livedraft.serving.sglang.rounds import Lifted, Span, Verdict, best, largest
+from livedraft.serving.sglang.rounds import Lifted, Verdict, arrived, best, largest
 from livedraft.serving.sglang.surface import Feature, guarded
 
 
@@ -52,7 +52,9 @@ def test_words_of_a_tree_come_back_as_they_went() -> None:
     links = torch.randint(-1, n, (2, count, n))
     logprobs = torch.randn(count, n - 1)
     accepted, bonus = torch.tensor([3, 1, 4]), torch.tensor([7, 8, 9])
-    words = Verdict(logits, temperatures, tokens, accepted, bonus, logprobs, path, (links[0], links[1])).packed(layout)
+    words = Verdict(logits, temperatures, tokens, accepted, bonus, logprobs, None, path, links[0], links[1]).packed(
+        layout
+    )
     assert words.shape == (count, layout.width)
     back = {name: words[:, layout.at(name)] for name, _ in layout.fields}
     assert torch.equal(back["tokens"], tokens.int())
@@ -66,32 +68,57 @@ def test_words_of_a_tree_come_back_as_they_went() -> None:
     assert torch.equal(back["top_ids"].reshape(-1, k), word.ids.int())
 
 
-def test_what_is_computed_later_is_what_would_be_computed_now() -> None:
-    count, n, k = 2, 4, 8
-    layout = Layout(n, n, k)
-    tokens, accepted = torch.randint(0, 50, (count, n)), torch.tensor([2, 4])
-    verdict = Verdict(
-        torch.randn(count * n, 50), None, tokens, accepted, torch.tensor([1, 2]), torch.randn(count, n - 1)
+def verdict(count: int, n: int, *, hot: bool = False, tree: bool = False, aside: bool = False) -> Verdict:
+    return Verdict(
+        torch.randn(count * n, 50),
+        torch.rand(count * n, 1) + 0.5 if hot else None,
+        torch.randint(0, 50, (count, n)),
+        torch.randint(1, n + 1, (count,)),
+        torch.randint(0, 50, (count,)),
+        torch.randn(count, n - 1) if n > 1 and not aside else None,
+        Chain(torch.rand(count, 1), [torch.randn(count, 30) for _ in range(n - 2)]) if aside else None,
+        *(torch.randint(0, count * n, (3, count, n)) if tree else ()),
     )
-    features, spans = torch.randn(count * n, 6), [Span(0, n), Span(n, n)]
-    now, later = (Lifted(layout, range(count), spans, verdict, features, "1", later=late) for late in (False, True))
-    (words, bits), (expected, bits_now) = later.arrived(), now.arrived()
-    assert words.tolist() == expected.tolist()
-    assert bits.tolist() == bits_now.tolist()
-    assert now.size == 4 * count * layout.width + 2 * features.numel()
-    assert later.size == verdict.logits.nbytes + 2 * features.numel()
+
+
+@pytest.mark.parametrize("together", [1 << 22, 1])
+def test_what_is_computed_later_is_what_would_be_computed_now(together: int) -> None:
+    verdicts = [
+        (4, verdict(2, 4)),
+        (1, verdict(3, 1)),
+        (4, verdict(2, 4, aside=True)),
+        (4, verdict(1, 4, hot=True)),
+        (4, verdict(1, 4)),
+        (4, verdict(3, 4, hot=True, tree=True)),
+        (2, verdict(2, 2, aside=True)),
+        (4, verdict(1, 4, aside=True)),
+        (4, verdict(1, 4, tree=True)),
+        (4, verdict(2, 4, tree=True)),
+    ]
+    left = [(Layout(n, n, 8, v.path is not None), v, torch.randn(len(v.tokens) * n, 6)) for n, v in verdicts]
+    now, later = (
+        [Lifted(layout, range(len(v.tokens)), [], v, features, "1", later=late) for layout, v, features in left]
+        for late in (False, True)
+    )
+    for (words, bits), (expected, bits_now) in zip(arrived(later, together), arrived(now), strict=True):
+        assert words.tolist() == expected.tolist()
+        assert bits.tolist() == bits_now.tolist()
+    for one, other, (layout, v, features) in zip(now, later, left, strict=True):
+        assert one.size == 4 * len(v.tokens) * layout.width + 2 * features.numel()
+        assert other.size == v.size + 2 * features.numel()
 
 
 class Drafter:
     """Drafts as SGLang does: best of each step along a chain, likeliest children of each node in a tree."""
 
-    def __init__(self, topk: int, logits: list[torch.Tensor]) -> None:
+    def __init__(self, topk: int, logits: list[torch.Tensor], *, later: bool = False) -> None:
         self.topk = topk
         self._logits = logits
         self.feature = Feature("capture")
         tap = Tap(self.feature)
         self.wanted = True
-        hooks = [*tap.hooks, *Proposals(self.feature, tap, lambda: self.wanted).hooks]
+        self.proposals = Proposals(self.feature, tap, lambda: self.wanted, lambda _: later)
+        hooks = [*tap.hooks, *self.proposals.hooks]
         self._hooks = {hook.target.rpartition(".")[2]: hook for hook in hooks}
 
     def call(self, name: str, original: Callable[..., Any], *args: Any) -> Any:
@@ -124,6 +151,24 @@ def test_a_chain_tells_the_probability_of_each_best() -> None:
     assert told is not None
     expected = [torch.tensor([math.log(0.5), math.log(0.25)]), *(x.log_softmax(-1).amax(-1) for x in logits)]
     torch.testing.assert_close(told, torch.stack(expected, 1))
+
+
+def test_a_chain_leaves_what_it_was_chosen_from_to_the_round_that_follows() -> None:
+    first, logits = torch.tensor([[0.5], [0.25]]), [torch.randn(2, 11), torch.randn(2, 11)]
+    drafter = Drafter(1, logits, later=True)
+    assert drafter.draft(first) is None
+    left = drafter.proposals.take()
+    assert left is not None
+    assert left.size == 2 * 2 * 11 * 4
+    told = Drafter(1, logits).draft(first)
+    assert told is not None
+    assert torch.equal(left.logprobs(), told)
+    assert torch.equal(left.picked(lambda values: values[[1]]).logprobs(), told[[1]])
+    assert drafter.proposals.take() is None
+    drafter.draft(first)
+    drafter.wanted = False
+    drafter.draft(first)
+    assert drafter.proposals.take() is None
 
 
 def test_a_tree_tells_the_probability_of_each_child_given_its_parent() -> None:
