@@ -226,6 +226,23 @@ def test_rows_before_a_gap_are_given_up() -> None:
     assert np.concatenate(it.features)[:, 0].tolist() == [5, 6]
 
 
+def test_what_was_lent_is_copied_once() -> None:
+    it, batch = recording(), rows(0, 9)
+    it.computed(0, batch[:3])
+    layout, words = alone(7).words(tree=False)
+    it.verified(layout, words, "a")
+    assert it.own() == words.nbytes + batch[:3].nbytes
+    assert it.own() == 0
+    it.computed(3, batch[3:4])
+    it.computed(4, batch[4:6])
+    assert it.own() == batch[3:6].nbytes
+    it.computed(8, batch[8:])  # what lies before the gap is given up
+    assert it.own() == batch[8:].nbytes
+    assert not any(np.shares_memory(values, batch) for values in it.features)
+    assert not np.shares_memory(it.rounds[0][1], words)
+    assert (it.start, it.end) == (8, 9)
+
+
 @pytest.mark.parametrize("output", [[7, 1, 9], [7, 1, 2, 3, 4], [8]])
 def test_what_the_rounds_did_not_commit_is_torn(output: list[int]) -> None:
     it = recording()
