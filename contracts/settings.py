@@ -344,8 +344,8 @@ class Swap(_Section, frozen=True, kw_only=True):
     confidence: float = 0.95
     #: Verify rounds and requests observed after a swap before it is kept.  Rounds of one request are alike: it is over
     #: n requests that an accept length is known to some 20 % / sqrt(n).  Who fails by far goes after a quarter of them.
-    watch_rounds: int = 1500
-    watch_requests: int = 60
+    watch_rounds: int = 1000
+    watch_requests: int = 50
     #: Times as much that is observed, until the next swap, while no better candidate is at hand.
     watch_longer: float = 3.0
     #: Roll back when the observed accept length falls below this share both of the predicted one and of what the

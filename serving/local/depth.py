@@ -21,7 +21,7 @@ _LEARN_ROUNDS = 48
 #: After a swap every other round goes on to draft to the full until requests have had so many such rounds together: a
 #: watch then has what it asks for also where drafting does not pay yet.  Spread out, because rounds of one request are
 #: alike: twice as many requests say more than twice as many rounds of the few that run at the swap.
-_WATCHED_ROUNDS = 1500
+_WATCHED_ROUNDS = 1000
 #: Times that a cost must have been measured to be told.
 _OFTEN = 32
 
