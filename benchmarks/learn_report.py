@@ -57,7 +57,10 @@ def build(runs: Sequence[Run], sets: TraceSets, costs: Mapping[str, float], size
             if run.scenario == scenario:
                 sides.setdefault(run.learner.name, []).append(run)
         data = {name: _Side(of, held_out) for name, of in sides.items()}
-        report["scenarios"][scenario.name] = {name: side.to_json(costs) for name, side in data.items()}
+        found = {name: side.to_json(costs) for name, side in data.items()}
+        for name, side in data.items():
+            found[name]["final_over_default"] = (_final_ratio(side, data[OURS]) if OURS in data else _UNKNOWN).to_json()
+        report["scenarios"][scenario.name] = found
         if scenario.name == "day0":
             report["summary"] |= _day0(data)
         if scenario.ends:
@@ -279,7 +282,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             continue
         table = Table(title=title, title_justify="left", caption=report["intervals"], caption_justify="left")
         table.add_column("learner")
-        for column in ("final AL", "T=0 / 0.7", "area", "tokens to AL 2", "passes", "CPU s", "tokens/CPU s", "peak MB"):
+        columns = "final AL", "over default", "T=0 / 0.7", "area", "tokens to AL 2", "passes", "CPU s"
+        for column in (*columns, "tokens/CPU s", "peak MB"):
             table.add_column(column, justify="right")
         for learner, found in report["scenarios"][name].items():
             to_2 = found["tokens_to_accept_length_2"]["value"]
@@ -287,6 +291,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             table.add_row(
                 learner,
                 _text(found["final"]),
+                _text(found["final_over_default"]),
                 f"{greedy:.2f} / {drawn:.2f}",
                 _text(found["area"]),
                 "never" if to_2 is None else f"{to_2:.0f}",
