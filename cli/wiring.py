@@ -264,7 +264,7 @@ def gateway(settings: Settings, stop: threading.Event) -> None:
 
 
 def _keep_for_good() -> None:
-    """Of the half million objects of a start none goes; a collection that looked at them stops all tokens for 0.1 s."""
+    """Of the half million objects of a start none goes; a collection that looked at them stops all tokens for 0.2 s."""
     import gc
 
     gc.collect()
